@@ -1,0 +1,92 @@
+"""What will be done: formats per site and channel scales per group."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from faq_onnx.artifacts.record import Record
+
+__all__ = ["BlockFormat", "EmbeddingPlan", "GroupPlan", "QuantPlan", "ScaleApplication", "SitePlan"]
+
+
+class BlockFormat(Record):
+    """How one weight is stored: w = scale * (code - zero_point), per block along K.
+
+    Attributes:
+        code_bits: Levels used are 2**code_bits.
+        storage_bits: Bits per code in the file: 2, 4 or 8.
+        block_size: Consecutive input channels that share a scale.
+        symmetric: No zero points stored; the implied one is 2**(storage_bits - 1).
+    """
+
+    code_bits: int
+    storage_bits: int
+    block_size: int
+    symmetric: bool
+
+
+class SitePlan(Record):
+    """Decision for one linear site.
+
+    Attributes:
+        site: Site name.
+        format: Block format; None leaves the site float.
+        grid: "minmax" or "clip" (AWQ's clip search on the Gram matrix).
+        accuracy_level: Attribute of MatMulNBits.
+        reason: Why the site is kept float ("" when it is quantized).
+    """
+
+    site: str
+    format: BlockFormat | None
+    grid: str = "minmax"
+    accuracy_level: int = 4
+    reason: str = ""
+
+
+class ScaleApplication(StrEnum):
+    """How a channel scale enters the graph."""
+
+    NONE = "none"
+    FOLD = "fold"
+    MUL = "mul"  # an explicit Mul in front of the sites
+
+
+class GroupPlan(Record):
+    """Decision for one scale group; the scale itself is `scales[group]` of the QuantPlan files.
+
+    Attributes:
+        group: Group name.
+        application: Fold, insert a Mul, or leave.
+        exponent: The alpha that won.
+        loss_identity: Objective with scale 1 (mean squared output error summed over sites).
+        loss: Objective with the chosen scale, <= loss_identity.
+    """
+
+    group: str
+    application: ScaleApplication
+    exponent: float = 0.0
+    loss_identity: float | None = None
+    loss: float | None = None
+
+
+class EmbeddingPlan(Record):
+    """Decision for one embedding table.
+
+    `shared_with` names the lm_head site whose packed buffer the Gather reads.
+    """
+
+    embedding: str
+    format: BlockFormat | None
+    shared_with: str | None = None
+    reason: str = ""
+
+
+class QuantPlan(Record):
+    """The whole decision; channel scales are float32 [K] arrays kept beside it by group name."""
+
+    schema_version: int = 1
+    census_fingerprint: str
+    method: str
+    sites: tuple[SitePlan, ...]
+    groups: tuple[GroupPlan, ...]
+    embeddings: tuple[EmbeddingPlan, ...]
