@@ -162,6 +162,9 @@ class ScaleGroup(Record):
         sites: Names of *all* sites that read it, in graph order.
         absorber: Who takes 1/s; None when nobody can.
         reason: Why there is no absorber ("" when there is one).
+        scalable: False where the weights themselves must not change (a table shared with an
+            embedding or with a site of another group, a subgraph): then not even an inserted
+            Mul helps.
     """
 
     name: str
@@ -172,6 +175,7 @@ class ScaleGroup(Record):
     sites: tuple[str, ...]
     absorber: Absorber | None
     reason: str = ""
+    scalable: bool = True
 
 
 class SkippedWeight(Record):

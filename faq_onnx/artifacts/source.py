@@ -1,0 +1,32 @@
+"""A resolved source: where the ONNX file and its companions lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from faq_onnx.artifacts.record import Record
+
+__all__ = ["SourceModel"]
+
+
+class SourceModel(Record):
+    """What `export.resolve_source` found or made.
+
+    Attributes:
+        given: The SOURCE as the user wrote it.
+        onnx_path: The float model.
+        folder: Folder with tokenizer and config, may equal the ONNX file's; None if there is none.
+        exported: Made by us just now (in the work folder).
+    """
+
+    given: str
+    onnx_path: Path
+    folder: Path | None
+    exported: bool = False
+
+    def companion(self, name: str) -> Path | None:
+        """Path of e.g. tokenizer.json or config.json if it exists."""
+        if self.folder is None:
+            return None
+        path = self.folder / name
+        return path if path.is_file() else None

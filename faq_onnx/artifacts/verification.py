@@ -1,0 +1,77 @@
+"""What verification found."""
+
+from __future__ import annotations
+
+from faq_onnx.artifacts.record import Record
+
+__all__ = ["KernelCheck", "LogitMetrics", "SiteError", "StructureCheck", "VerificationReport"]
+
+
+class StructureCheck(Record):
+    """Does the file load, and does every low-bit node run on a fast kernel?
+
+    Attributes:
+        ir_version: Of the file.
+        opset: Of the default domain.
+        onnxruntime: Version that loaded it.
+        nbits_nodes: Number of MatMulNBits nodes.
+        slow_nodes: MatMulNBits nodes whose weights are dequantized on every call.
+    """
+
+    ir_version: int
+    opset: int
+    onnxruntime: str
+    nbits_nodes: int
+    slow_nodes: tuple[str, ...]
+
+
+class KernelCheck(Record):
+    """Kernel output against float64 arithmetic on the dequantized weights.
+
+    `worst` is the largest |kernel - reference| over its derived tolerance; <= 1 passes.
+    """
+
+    nodes: int
+    worst: float
+    worst_node: str
+
+
+class LogitMetrics(Record):
+    """Quantized against float logits over the same tokens.
+
+    Attributes:
+        tokens: Positions compared.
+        kl_nats: Mean KL(float || quantized), nats/token.
+        top1_agreement: Share of positions with the same argmax.
+        perplexity_float: Of the source model.
+        perplexity: Of the quantized model.
+    """
+
+    tokens: int
+    kl_nats: float
+    top1_agreement: float
+    perplexity_float: float
+    perplexity: float
+
+
+class SiteError(Record):
+    """Output error of one site on calibration data, through the Gram matrix.
+
+    `sqnr_db` is 10 log10(E|y|^2 / E|y - y_q|^2); weight-only (no Gram) for RTN without calibration.
+    """
+
+    site: str
+    sqnr_db: float
+    equals_rtn: bool
+
+
+class VerificationReport(Record):
+    """All of it; `generation_matches` is None where onnxruntime-genai was not tried."""
+
+    structure: StructureCheck
+    kernels: KernelCheck
+    logits: LogitMetrics | None
+    sites: tuple[SiteError, ...]
+    fold_error: float | None = None
+    generation_matches: bool | None = None
+    notes: tuple[str, ...] = ()
