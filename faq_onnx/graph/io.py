@@ -1,0 +1,265 @@
+"""Model files in and out: structure in memory, weights on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from faq_onnx.errors import CorruptModelError, PackageError, RewriteError, UnsupportedModelError
+from faq_onnx.graph.external import ExternalFiles
+from faq_onnx.graph.tensors import TensorSlot, tensor_slots
+from faq_onnx.graph.wire import (
+    INLINE_LOCATION,
+    MIN_DETACHED_BYTES,
+    Payload,
+    WireError,
+    attach_tensors,
+    detach_tensors,
+)
+
+__all__ = [
+    "INLINE_LIMIT_BYTES",
+    "MAX_IR_VERSION",
+    "MAX_OPSET",
+    "load_model",
+    "release_weights",
+    "save_model",
+]
+
+logger = logging.getLogger(__name__)
+
+# What onnxruntime 1.31.1 loads (measured); newer files are refused before any work is done.
+MAX_IR_VERSION = 13
+MAX_OPSET = 26
+RUNTIME = "onnxruntime 1.31.1"
+
+INLINE_LIMIT_BYTES = 1_000_000_000  # protobuf ends at 2 GiB; leave room for what passes add
+DATA_ALIGNMENT_BYTES = 4096  # onnxruntime maps external data by pages
+
+
+def load_model(path: Path) -> ir.Model:
+    """Load the structure of an ONNX file; weights stay on disk as `ir.ExternalTensor`s.
+
+    Tensors below 1 KiB, and those stored in typed fields (float_data), are in memory.
+
+    Raises:
+        CorruptModelError: The file or its external data is missing, truncated or damaged, or
+            refers to a file outside of the folder.
+        UnsupportedModelError: IR version or opset are newer than the runtime reads.
+    """
+    proto = _read_skeleton(path)
+    _check_versions(proto, path)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # onnx_ir raises whatever its parts raise on damaged input
+        raise CorruptModelError(
+            f"{path}: the graph is inconsistent ({_root_cause(error)}); export the model again"
+        ) from error
+    files = ExternalFiles(path)
+    for slot in tensor_slots(model):
+        if isinstance(slot.tensor, ir.ExternalTensor):
+            slot.tensor = files.resolve(slot.tensor, slot.name)
+        else:
+            _check_inline(slot, path)
+    logger.debug("loaded %s: IR %s, opset %s", path, model.ir_version, model.opset_imports)
+    return model
+
+
+def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> int:
+    """Write a model, one tensor at a time; the same model always gives the same bytes.
+
+    Weights go into the file, or into `<path>.data` when `external_data` is set or they come to
+    INLINE_LIMIT_BYTES. At no time is more than one tensor in memory.
+
+    Returns:
+        Bytes written, data file included.
+
+    Raises:
+        PackageError: `path` holds weights that the model still reads, or the disk refused.
+        RewriteError: A lazy tensor gave another number of bytes than its shape needs.
+    """
+    slots = [
+        slot
+        for slot in tensor_slots(model)
+        if slot.tensor.dtype != ir.DataType.STRING and slot.tensor.nbytes >= MIN_DETACHED_BYTES
+    ]
+    data_path = path.with_name(path.name + ".data")
+    _refuse_own_source(slots, (path, data_path))
+    total = sum(slot.tensor.nbytes for slot in slots)
+    try:
+        if external_data or total >= INLINE_LIMIT_BYTES:
+            return _save_external(model, slots, path, data_path)
+        return _save_inline(model, slots, path)
+    except OSError as error:
+        raise PackageError(
+            f"could not write {path} ({total} bytes of weights): {error.strerror or error}; "
+            "free space or choose another output folder"
+        ) from error
+
+
+def release_weights(model: ir.Model) -> None:
+    """Unmap whatever `numpy()` calls on external tensors have mapped.
+
+    Arrays obtained from them stay valid; the mapping goes when the last one does.
+    """
+    for slot in tensor_slots(model):
+        tensor = slot.tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            try:
+                tensor.release()
+            except BufferError:  # somebody still holds a view
+                tensor.raw = None
+
+
+def _read_skeleton(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CorruptModelError(f"{path} {what}; give the path of an .onnx file")
+    if path.stat().st_size == 0:
+        raise CorruptModelError(f"{path} is empty (0 bytes); copy or download it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:11] == b"version htt":
+            raise CorruptModelError(
+                f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull`"
+            )
+        try:
+            proto: onnx.ModelProto = onnx.ModelProto.FromString(detach_tensors(data))
+        except (WireError, DecodeError) as error:
+            raise CorruptModelError(
+                f"{path} ({len(data)} bytes) is not an ONNX file, or is truncated or damaged: "
+                f"{error}; copy, download or export it again"
+            ) from error
+    if not proto.HasField("graph") or proto.ir_version <= 0:
+        raise CorruptModelError(
+            f"{path} is not an ONNX model (no graph or no IR version in it); "
+            "give the path of an .onnx file"
+        )
+    return proto
+
+
+def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
+    if proto.ir_version > MAX_IR_VERSION:
+        raise UnsupportedModelError(
+            f"{path} has IR version {proto.ir_version}; {RUNTIME} reads up to {MAX_IR_VERSION}: "
+            "export it with a lower IR version"
+        )
+    opsets = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    if opsets and max(opsets) > MAX_OPSET:
+        raise UnsupportedModelError(
+            f"{path} needs opset {max(opsets)}; {RUNTIME} supports up to {MAX_OPSET}: "
+            f"export it with opset {MAX_OPSET} or lower"
+        )
+
+
+def _check_inline(slot: TensorSlot, path: Path) -> None:
+    tensor = slot.tensor
+    try:
+        elements = tensor.numpy().size
+    except Exception as error:  # damaged data fails in many ways inside numpy and onnx_ir
+        raise CorruptModelError(
+            f"{path}: initializer {slot.name!r} with dims {tensor.shape} of {tensor.dtype.name} "
+            f"cannot be read ({_root_cause(error)}); the file is damaged: export it again"
+        ) from error
+    if elements != tensor.size:
+        raise CorruptModelError(
+            f"{path}: initializer {slot.name!r} has {elements} elements, but dims {tensor.shape} "
+            f"need {tensor.size}; the file is damaged: export it again"
+        )
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
+def _refuse_own_source(slots: Sequence[TensorSlot], targets: Sequence[Path]) -> None:
+    existing = [target for target in targets if target.exists()]
+    sources = {
+        Path(slot.tensor.path) for slot in slots if isinstance(slot.tensor, ir.ExternalTensor)
+    }
+    for target in existing:
+        if any(source.exists() and source.samefile(target) for source in sources):
+            raise PackageError(
+                f"{target} holds weights that are being read; write to another path"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    offset: int
+    length: int
+
+
+def _save_inline(model: ir.Model, slots: Sequence[TensorSlot], path: Path) -> int:
+    places = [_Place(index, slot.tensor.nbytes) for index, slot in enumerate(slots)]
+    skeleton = _skeleton(model, slots, INLINE_LOCATION, places)
+    with path.open("wb") as file:
+        for piece in attach_tensors(skeleton):
+            if isinstance(piece, Payload):
+                _write_tensor(slots[piece.index], file)
+            else:
+                file.write(piece)
+        return file.tell()
+
+
+def _save_external(
+    model: ir.Model, slots: Sequence[TensorSlot], path: Path, data_path: Path
+) -> int:
+    places = []
+    with data_path.open("wb") as file:
+        for slot in slots:
+            padding = -file.tell() % DATA_ALIGNMENT_BYTES
+            file.write(bytes(padding))
+            places.append(_Place(file.tell(), slot.tensor.nbytes))
+            _write_tensor(slot, file)
+        data_bytes = file.tell()
+    return path.write_bytes(_skeleton(model, slots, data_path.name, places)) + data_bytes
+
+
+def _skeleton(
+    model: ir.Model, slots: Sequence[TensorSlot], location: str, places: Sequence[_Place]
+) -> bytes:
+    tensors = [slot.tensor for slot in slots]
+    try:
+        for slot, place in zip(slots, places, strict=True):
+            tensor = slot.tensor
+            slot.tensor = ir.ExternalTensor(
+                location,
+                place.offset,
+                place.length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=slot.name,
+                doc_string=tensor.doc_string,
+            )
+        proto = ir.serde.serialize_model(model)
+        skeleton: bytes = proto.SerializeToString(deterministic=True)
+        return skeleton
+    finally:
+        for slot, tensor in zip(slots, tensors, strict=True):
+            slot.tensor = tensor
+
+
+def _write_tensor(slot: TensorSlot, file: BinaryIO) -> None:
+    start = file.tell()
+    tensor = slot.tensor
+    if hasattr(tensor, "tofile"):  # every tensor of onnx_ir, but not part of its protocol
+        tensor.tofile(file)
+    else:
+        file.write(tensor.tobytes())
+    file.flush()
+    written = file.tell() - start
+    if written != slot.tensor.nbytes:
+        raise RewriteError(
+            f"initializer {slot.name!r} wrote {written} bytes, but dtype and shape "
+            f"{slot.tensor.shape} need {slot.tensor.nbytes}: a bug in the pass that made it"
+        )
