@@ -1,1 +1,1 @@
-
+"""What people read: progress, tables, the summary page. No decisions and no files here."""

@@ -1,0 +1,43 @@
+"""`faq-onnx calibrate`: collect statistics and keep them."""
+
+from __future__ import annotations
+
+import argparse
+
+from faq_onnx.cli import options
+from faq_onnx.cli.output import open_progress, print_json, print_text
+
+__all__ = ["configure", "run"]
+
+_EPILOG = """\
+examples:
+  faq-onnx calibrate model.onnx -o stats/
+  faq-onnx calibrate model.onnx -o stats/ --calibration notes.txt --samples 128
+
+The same input and seed give the same statistics. `plan --stats` and `apply --stats` use them.
+read on: docs/cli.md"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.description = "Run calibration text through a model and keep activation statistics."
+    parser.epilog = _EPILOG
+    options.add_source(parser)
+    options.add_output(parser, "the folder of statistics")
+    options.add_force(parser, "replace an existing OUT")
+    options.add_common(parser)
+    options.add_config(parser, *options.GROUPS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrate and print where the statistics are."""
+    config = options.read_config(args)
+    from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
+
+    path = pipeline.calibrate(
+        args.source, args.output, config, progress=open_progress(args), force=args.force
+    )
+    if args.json:
+        print_json({"output": str(path)})
+    else:
+        print_text(str(path))

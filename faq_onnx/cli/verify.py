@@ -1,0 +1,39 @@
+"""`faq-onnx verify`: check a package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from faq_onnx.cli import options
+from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.report.tables import verification_text
+
+__all__ = ["configure", "run"]
+
+_EPILOG = """\
+examples:
+  faq-onnx verify out/                       structure, kernels, generation
+  faq-onnx verify out/ --source model.onnx   and KL, top-1, perplexity against the source
+
+read on: docs/cli.md"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.description = "Check a converted package: structure, numbers, logits, generation."
+    parser.epilog = _EPILOG
+    parser.add_argument("package", metavar="PACKAGE", type=Path, help="folder that convert wrote")
+    parser.add_argument("--source", metavar="SOURCE", help="the float model to compare with")
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Verify and print what was found."""
+    from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
+
+    found = pipeline.verify(args.package, args.source, progress=open_progress(args))
+    if args.json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        print_text(verification_text(found))

@@ -1,0 +1,102 @@
+"""Progress on stderr: a live bar on a terminal, a few plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from faq_onnx.progress import Advance
+from faq_onnx.report.tables import format_duration
+
+__all__ = ["LineProgress", "RichProgress", "make_progress"]
+
+LINE_INTERVAL_S = 15.0  # a CI log of a ten-minute run then has about forty lines
+
+
+def make_progress(stream: TextIO) -> RichProgress | LineProgress:
+    """The progress that suits the stream: bars for a terminal, lines for a file or pipe."""
+    return RichProgress(stream) if stream.isatty() else LineProgress(stream)
+
+
+class RichProgress:
+    """One live bar for each open stage, with elapsed and remaining time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream)
+
+    @contextmanager
+    def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        """Show a bar until the stage ends; an unknown total is given as 0."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        shown = columns if total > 0 else (columns[0], columns[1], columns[5])
+        started = time.monotonic()
+        with Progress(*shown, console=self._console, transient=True) as bars:
+            task = bars.add_task(title, total=total or None, unit=unit)
+            yield lambda steps: bars.advance(task, steps)
+        self.note(f"{title}: done in {format_duration(time.monotonic() - started)}")
+
+    def note(self, text: str) -> None:
+        """Print one line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LineProgress:
+    """A line at the start and the end of a stage, and one now and then between."""
+
+    def __init__(self, stream: TextIO, interval_s: float = LINE_INTERVAL_S) -> None:
+        self._stream = stream
+        self._interval_s = interval_s
+        self._started = time.monotonic()
+
+    @contextmanager
+    def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        """Report a stage; `total` 0 means that the number of steps is unknown."""
+        started = last = time.monotonic()
+        done = 0.0
+        self.note(f"{title} ({total:.0f} {unit})" if total > 0 else title)
+
+        def advance(steps: float) -> None:
+            nonlocal done, last
+            done += steps
+            now = time.monotonic()
+            if total > 0 and now - last >= self._interval_s and done < total:
+                last = now
+                self.note(_line(title, done / total, now - started))
+
+        yield advance
+        self.note(f"{title}: done in {format_duration(time.monotonic() - started)}")
+
+    def note(self, text: str) -> None:
+        """Write one line with the time since the start of the run."""
+        elapsed = format_duration(time.monotonic() - self._started)
+        self._stream.write(f"[{elapsed:>7}] {text}\n")
+        self._stream.flush()
+
+
+def _line(title: str, share: float, elapsed_s: float) -> str:
+    if share <= 0:
+        return f"{title}: 0 %"
+    left = format_duration(elapsed_s * (1 / share - 1))
+    return f"{title}: {share:.0%}, about {left} left"

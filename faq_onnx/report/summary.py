@@ -1,0 +1,164 @@
+"""The human summary in the output folder: what was done, how good it is, how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from faq_onnx.artifacts.run import RunReport, SiteRow
+from faq_onnx.artifacts.verification import VerificationReport
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.report.tables import (
+    format_bits,
+    format_bytes,
+    format_duration,
+    storage_note,
+    worst_sites,
+)
+
+__all__ = ["SUMMARY_NAME", "summary_markdown"]
+
+SUMMARY_NAME = "README.md"  # model hubs and editors show it first
+
+_RUN_IT = """## Run it
+
+With `pip install onnxruntime-genai` (in this folder):
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=200)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+
+Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model.
+`report.json` has everything in this page, and more, for programs."""
+
+
+def summary_markdown(report: RunReport) -> str:
+    """Render the summary page of one run."""
+    parts = [
+        _head(report),
+        _done(report),
+        _quality(report.verification),
+        _worst(report.sites),
+        _float_sites(report.sites),
+        _bullets("Left alone", [f"`{weight}`: {reason}" for weight, reason in report.skipped]),
+        _bullets("Warnings", report.warnings),
+        _RUN_IT,
+        _timing(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(report: RunReport) -> str:
+    totals = report.totals
+    return (
+        f"# {report.source}, {_method_name(report.config)} {report.config.bits}-bit\n\n"
+        f"Made by faq-onnx {report.faq_onnx}. "
+        f"{format_bytes(totals.source_bytes)} became {format_bytes(totals.output_bytes)}, "
+        f"{totals.bits_per_weight:.2f} bits per weight over all linear layers and embeddings."
+    )
+
+
+def _method_name(config: QuantizeConfig) -> str:
+    return config.method.value.upper()
+
+
+def _done(report: RunReport) -> str:
+    config, totals = report.config, report.totals
+    form = "symmetric" if config.symmetric else "asymmetric"
+    lines = [
+        f"Model family: {report.family}",
+        f"{totals.quantized_sites} linear layers quantized, {totals.float_sites} kept float",
+        f"{config.bits}-bit codes, blocks of {config.block_size}, {form}",
+        f"accuracy_level {config.accuracy_level}, lm_head {config.lm_head}",
+    ]
+    note = storage_note(report.sites)
+    if note:
+        lines.append(f"**{note}**")
+    if config.method is not Method.RTN:
+        data = config.calibration
+        lines.append(
+            f"Calibrated on `{data.source}`: {data.samples} windows of {data.sequence_length} "
+            f"tokens, seed {data.seed}"
+        )
+    if config.method is Method.FAQ:
+        faq = config.faq
+        lines.append(
+            f"FAQ: {faq.preview} preview over {faq.window} layers, fusion {faq.fusion:g}, "
+            f"normalisation {faq.normalisation}, roles {', '.join(faq.roles)}"
+        )
+    lines += [
+        f"Embedding `{row.embedding}`: {format_bits(row.storage_bits, row.storage_bits)}"
+        + (f", one buffer with `{row.shared_with}`" if row.shared_with else "")
+        + (f" ({row.reason})" if row.reason else "")
+        for row in report.embeddings
+    ]
+    return _bullets("What was done", lines)
+
+
+def _quality(verification: VerificationReport | None) -> str:
+    if verification is None:
+        return "## Quality\n\nNot measured."
+    rows = []
+    if verification.logits is not None:
+        logits = verification.logits
+        rows += [
+            f"| KL divergence to the source model | {logits.kl_nats:.4f} nats/token |",
+            f"| top-1 agreement | {logits.top1_agreement:.1%} |",
+            f"| perplexity | {logits.perplexity:.3f} |",
+            f"| perplexity of the source model | {logits.perplexity_float:.3f} |",
+            f"| tokens compared | {logits.tokens} |",
+        ]
+    kernels = verification.kernels
+    slow = len(verification.structure.slow_nodes)
+    rows += [
+        f"| kernel error, share of its tolerance | {kernels.worst:.3g} ({kernels.nodes} nodes) |",
+        f"| nodes on a slow path | {slow} of {verification.structure.nbits_nodes} |",
+    ]
+    if verification.fold_error is not None:
+        rows.append(f"| scale folding, float error | {verification.fold_error:.3g} |")
+    if verification.generation_matches is not None:
+        word = "equal" if verification.generation_matches else "DIFFERENT"
+        rows.append(f"| greedy tokens, onnxruntime-genai against onnxruntime | {word} |")
+    table = "\n".join(["| measure | value |", "|---|---|", *rows])
+    notes = "\n".join(f"- {text}" for text in verification.notes)
+    return "\n\n".join(part for part in ("## Quality", table, notes) if part)
+
+
+def _worst(sites: Sequence[SiteRow]) -> str:
+    worst = worst_sites(sites)
+    if not worst:
+        return ""
+    lines = [
+        f"| `{row.site}` | {format_bits(row.code_bits, row.storage_bits)} | {row.sqnr_db:.1f} dB |"
+        for row in worst
+    ]
+    table = "\n".join(["| site | bits | SQNR of its output |", "|---|---|---|", *lines])
+    hint = "`--exclude` keeps a site float."
+    return f"## Worst sites\n\n{table}\n\n{hint}"
+
+
+def _float_sites(sites: Sequence[SiteRow]) -> str:
+    kept = [f"`{row.site}`: {row.reason}" for row in sites if row.storage_bits is None]
+    return _bullets("Kept float", kept)
+
+
+def _bullets(title: str, lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    return f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _timing(report: RunReport) -> str:
+    lines = [f"{time.stage}: {format_duration(time.duration_s)}" for time in report.stages]
+    lines.append(f"Peak memory: {format_bytes(report.peak_rss_bytes)}")
+    lines += [f"{name} {version}" for name, version in sorted(report.versions.items())]
+    return _bullets("How it was made", lines)
