@@ -1,1 +1,1 @@
-
+"""Running models with onnxruntime: sessions, feeds, text generation."""
