@@ -86,7 +86,7 @@ def load_corpus(  # noqa: PLR0913 - keyword-only, one call site
     """
     wished = count + holdout
     if config.source == "self":
-        windows = SelfText(source.onnx_path, vocabulary).write(config, wished, progress)
+        windows = SelfText(source, vocabulary).write(config, wished, progress)
         return _share_out(windows, count, holdout)
     path = Path(config.source).expanduser()
     pieces = _token_pieces(path, source)

@@ -3,31 +3,99 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
+from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.config import CalibrationConfig
+from faq_onnx.errors import CorpusError
 from faq_onnx.progress import Progress
+from faq_onnx.runtime.feeds import describe_inputs
+from faq_onnx.runtime.generate import sample_tokens
+from faq_onnx.runtime.session import open_session
 
 __all__ = ["SelfText"]
+
+_Tokens = npt.NDArray[np.int64]
+# Two generations of the cache live at once, and memory is promised to stay near the weights.
+_CACHE_BYTES = 192 << 20
+_MAX_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfText:
-    """Writes text with a decoder model.
+    """Text by the model itself, one window per start token.
 
     Attributes:
-        onnx_path: The float model.
-        vocabulary: Number of token ids.
+        source: The float model, and its tokenizer if it has one.
+        vocabulary: Rows of the embedding.
     """
 
-    onnx_path: Path
+    source: SourceModel
     vocabulary: int
 
-    def write(
-        self, config: CalibrationConfig, count: int, progress: Progress
-    ) -> npt.NDArray[np.int64]:
-        """Sample `count` windows, int64 [count, sequence_length], the same for the same seed."""
-        raise NotImplementedError
+    def write(self, config: CalibrationConfig, count: int, progress: Progress) -> _Tokens:
+        """Sample windows at temperature 1, the same for the same seed.
+
+        Every window starts with a token drawn from the vocabulary, behind a BOS where the
+        tokenizer prepends one.
+
+        Args:
+            config: Sequence length and seed.
+            count: Windows to write.
+            progress: Shows one stage, in tokens.
+
+        Returns:
+            int64 [count, sequence_length].
+        """
+        rng = np.random.default_rng(config.seed)
+        prompts = _draw_prompts(self.source, self.vocabulary, count, rng)
+        length = config.sequence_length
+        session = open_session(self.source.onnx_path)
+        batches = -(-count // _batch_size(session, length))
+        total = count * (length - prompts.shape[1])
+        with progress.stage("write calibration text", total, "token") as advance:
+            texts = [
+                sample_tokens(session, rows, length, rng, on_step=advance)
+                for rows in np.array_split(prompts, batches)
+            ]
+        return np.concatenate(texts)
+
+
+def _draw_prompts(
+    source: SourceModel, vocabulary: int, count: int, rng: np.random.Generator
+) -> _Tokens:
+    """Start tokens, int64 [count, 1 or more]; distinct as long as there are enough."""
+    path = source.companion("tokenizer.json")
+    if path is None:
+        candidates, prefix = np.arange(vocabulary), np.empty(0, np.int64)
+    else:
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise CorpusError(f"{path}: not a tokenizer ({error})") from error
+        candidates = _ordinary_tokens(tokenizer, vocabulary)
+        prefix = np.asarray(tokenizer.encode("").ids, np.int64)
+    if not len(candidates) or (prefix >= vocabulary).any():
+        raise CorpusError(
+            f"{path}: its tokens are not in the model's vocabulary of {vocabulary}; "
+            f"the tokenizer belongs to another model"
+        )
+    starts = rng.choice(candidates, count, replace=count > len(candidates))
+    return np.column_stack([np.broadcast_to(prefix, (count, len(prefix))), starts])
+
+
+def _ordinary_tokens(tokenizer: Tokenizer, vocabulary: int) -> _Tokens:
+    """Ids below `vocabulary` that stand for text: no control tokens, no unused rows."""
+    control = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    known = set(tokenizer.get_vocab(with_added_tokens=True).values()) - control
+    return np.asarray(sorted(i for i in known if i < vocabulary), np.int64)
+
+
+def _batch_size(session: ort.InferenceSession, length: int) -> int:
+    cache = describe_inputs(session.get_inputs()).cache
+    row = sum(slot.heads * slot.head_dim * np.dtype(slot.dtype).itemsize for slot in cache)
+    return max(1, min(_MAX_BATCH, _CACHE_BYTES // max(1, row * length)))
