@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from faq_onnx._tiny_census import tiny_llama_census
 from faq_onnx._tiny_llama import (
     TinyLlama,
     tiny_feeds,
@@ -27,6 +28,7 @@ __all__ = [
     "assert_golden",
     "assert_models_close",
     "tiny_feeds",
+    "tiny_llama_census",
     "tiny_llama_config",
     "tiny_llama_onnx",
     "tiny_tokenizer",

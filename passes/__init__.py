@@ -1,1 +1,40 @@
+"""Graph rewrites as onnx_ir passes; each is a frozen dataclass and works in any PassManager.
 
+A pass changes topology. It neither decides (that is `planning`) nor computes (that is `quant`):
+it receives decisions and finished weights as its fields. See docs/writing_passes.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from faq_onnx.passes.fold_scales import FoldScalesPass
+from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
+from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
+from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
+from faq_onnx.passes.run import OnPass, pass_name, run_passes
+
+__all__ = [
+    "PASSES",
+    "ActivationRequest",
+    "FoldScalesPass",
+    "InsertActivationStatsPass",
+    "MatMulToNBitsPass",
+    "OnPass",
+    "QuantizeEmbeddingPass",
+    "pass_name",
+    "run_passes",
+]
+
+PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
+    {
+        "fold-scales": FoldScalesPass,
+        "insert-activation-stats": InsertActivationStatsPass,
+        "matmul-to-nbits": MatMulToNBitsPass,
+        "quantize-embedding": QuantizeEmbeddingPass,
+    }
+)
+"""Every pass of this room by the name that text pipelines and messages use."""
