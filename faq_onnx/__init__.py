@@ -2,8 +2,7 @@
 
     import faq_onnx
 
-    report = faq_onnx.convert("model/", "out/", faq_onnx.QuantizeConfig(bits=4))
-    print(report.verification.logits.kl_nats)
+    report = faq_onnx.convert("model/", Path("out"), faq_onnx.QuantizeConfig(bits=4))
 
 The names below are public and loaded at first use, so that `import faq_onnx` itself costs
 nothing. The graph edits are `onnx_ir` passes in `faq_onnx.passes`.

@@ -23,7 +23,7 @@ from faq_onnx.artifacts.verification import (
     StructureCheck,
     VerificationReport,
 )
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.report.summary import summary_markdown
 from faq_onnx.report.tables import (
     census_text,
@@ -286,5 +286,5 @@ def test_summary_without_verification_says_so() -> None:
 
 
 def test_rtn_summary_names_no_calibration() -> None:
-    text = summary_markdown(_report(config=QuantizeConfig(method="rtn")))
+    text = summary_markdown(_report(config=QuantizeConfig(method=Method.RTN)))
     assert "Calibrated" not in text
