@@ -56,7 +56,7 @@ class Sampling:
         points = (1.0 - rng.random(len(logits))) * sums[:, -1]
         chosen = (sums < points[:, np.newaxis]).sum(axis=1)
         if candidates is None:
-            return np.asarray(chosen, np.int64)
+            return chosen.astype(np.int64)
         return candidates[np.arange(len(chosen)), chosen]
 
 

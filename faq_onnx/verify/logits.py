@@ -1,0 +1,126 @@
+"""How far quantized logits are from float ones: KL divergence, top-1 agreement, perplexities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from faq_onnx.artifacts.verification import LogitMetrics
+from faq_onnx.errors import NonFiniteError, VerificationError
+
+__all__ = ["LogitComparison"]
+
+Floats = npt.NDArray[np.floating]
+
+# Elements of a piece: two float32 work arrays of 8 MB each, near enough to the caches.
+PIECE_ELEMENTS = 1 << 21
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shifted:
+    """Logits of a piece, minus each row's maximum.
+
+    Attributes:
+        values: float32 [positions, vocabulary], the largest of each row 0.
+        exponentials: exp(values).
+        log_sums: float64 [positions], log(sum(exponentials)).
+        best: Token of the largest logit, int64 [positions].
+    """
+
+    values: npt.NDArray[np.float32]
+    exponentials: npt.NDArray[np.float32]
+    log_sums: npt.NDArray[np.float64]
+    best: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass
+class LogitComparison:
+    """Sums over any number of windows; `metrics` gives the means.
+
+    Exponentials are taken in float32 on shifted logits, everything is summed in float64.
+    """
+
+    _positions: int = 0
+    _predictions: int = 0
+    _kl: float = 0.0
+    _agreements: int = 0
+    _loss_float: float = 0.0
+    _loss: float = 0.0
+
+    def add(self, input_ids: npt.NDArray[np.int64], float_logits: Floats, logits: Floats) -> None:
+        """Add windows.
+
+        Args:
+            input_ids: int64 [B, S]; logits at position t are judged by token t + 1.
+            float_logits: Of the source model, float32 or float16 [B, S, vocabulary].
+            logits: Of the quantized model, same shape.
+
+        Raises:
+            VerificationError: The shapes do not fit.
+            NonFiniteError: NaN or infinite logits.
+        """
+        if float_logits.shape != logits.shape or logits.shape[:2] != input_ids.shape:
+            msg = (
+                f"logits {list(logits.shape)} and float logits {list(float_logits.shape)} do not "
+                f"belong to the same model and tokens {list(input_ids.shape)}"
+            )
+            raise VerificationError(msg)
+        step = max(1, PIECE_ELEMENTS // logits.shape[2])
+        for ids, reference, quantized in zip(input_ids, float_logits, logits, strict=True):
+            for start in range(0, len(ids), step):
+                piece = slice(start, start + step)
+                following = ids[start + 1 : start + step + 1]
+                self._add_piece(following, reference[piece], quantized[piece])
+
+    def metrics(self) -> LogitMetrics:
+        """Means over everything added.
+
+        Raises:
+            VerificationError: Nothing was added.
+            NonFiniteError: A mean is NaN or infinite.
+        """
+        if not self._predictions:
+            raise VerificationError("no positions to compare; give windows of 2 tokens or more")
+        kl = self._kl / self._positions
+        mean_losses = (self._loss_float / self._predictions, self._loss / self._predictions)
+        if not all(math.isfinite(value) for value in (kl, *mean_losses)):
+            raise NonFiniteError(f"KL {kl} or losses {mean_losses} are not finite")
+        return LogitMetrics(
+            tokens=self._positions,
+            kl_nats=max(kl, 0.0),  # rounding can leave equal models at -1e-9
+            top1_agreement=self._agreements / self._positions,
+            perplexity_float=math.exp(mean_losses[0]),
+            perplexity=math.exp(mean_losses[1]),
+        )
+
+    def _add_piece(
+        self, following: npt.NDArray[np.int64], reference: Floats, quantized: Floats
+    ) -> None:
+        """Add positions; `following` lacks the last one at the end of a window."""
+        p, q = _shift(reference, "float"), _shift(quantized, "quantized")
+        self._positions += len(p.best)
+        self._predictions += len(following)
+        self._agreements += int((p.best == q.best).sum())
+        rows = np.arange(len(following))
+        self._loss_float += float((p.log_sums[rows] - p.values[rows, following]).sum())
+        self._loss += float((q.log_sums[rows] - q.values[rows, following]).sum())
+        # KL = sum_v p_v (log p_v - log q_v), with log p_v = values - log_sums
+        difference = np.subtract(p.values, q.values, out=q.values)
+        np.multiply(difference, p.exponentials, out=difference)
+        weighted = difference.sum(axis=1, dtype=np.float64) / np.exp(p.log_sums)
+        self._kl += float((weighted - p.log_sums + q.log_sums).sum())
+
+
+def _shift(logits: Floats, whose: str) -> _Shifted:
+    best = logits.argmax(axis=1)
+    largest = logits[np.arange(len(best)), best]
+    # argmax stops at the first NaN, so the largest shows it
+    if not np.isfinite(largest).all():
+        raise NonFiniteError(f"the {whose} model's logits are NaN or infinite")
+    values = np.subtract(logits, largest[:, np.newaxis], dtype=np.float32)
+    exponentials = np.exp(values)
+    log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64))
+    return _Shifted(values, exponentials, log_sums, best)
