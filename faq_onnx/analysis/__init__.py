@@ -1,1 +1,12 @@
+"""What is in a model: linear sites, roles, scale groups, embeddings.
 
+Reads graphs and changes none, but for `canonicalise`, which runs once after loading.
+"""
+
+from __future__ import annotations
+
+from faq_onnx.analysis.canonical import canonicalise
+from faq_onnx.analysis.census import take_census
+from faq_onnx.analysis.finite import check_finite
+
+__all__ = ["canonicalise", "check_finite", "take_census"]

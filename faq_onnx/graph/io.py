@@ -157,6 +157,12 @@ def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
             f"{path} needs opset {max(opsets)}; {RUNTIME} supports up to {MAX_OPSET}: "
             f"export it with opset {MAX_OPSET} or lower"
         )
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise UnsupportedModelError(
+            f"{path} has sparse initializers (first: {name!r}), which are not supported; "
+            "export it with dense weights"
+        )
 
 
 def _check_inline(slot: TensorSlot, path: Path) -> None:
@@ -168,11 +174,20 @@ def _check_inline(slot: TensorSlot, path: Path) -> None:
             f"{path}: initializer {slot.name!r} with dims {tensor.shape} of {tensor.dtype.name} "
             f"cannot be read ({_root_cause(error)}); the file is damaged: export it again"
         ) from error
-    if elements != tensor.size:
+    if elements != tensor.size or not _has_data(tensor):
         raise CorruptModelError(
-            f"{path}: initializer {slot.name!r} has {elements} elements, but dims {tensor.shape} "
-            f"need {tensor.size}; the file is damaged: export it again"
+            f"{path}: the data of initializer {slot.name!r} do not fill its dims {tensor.shape} "
+            f"({tensor.size} elements); the file is damaged: export it again"
         )
+
+
+def _has_data(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor of the file has numbers; onnx_ir reads missing ones as zeros."""
+    if not isinstance(tensor, ir.serde.TensorProtoTensor) or tensor.size == 0:
+        return True
+    proto = tensor.raw
+    typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+    return proto.HasField("raw_data") or any(len(getattr(proto, field)) for field in typed)
 
 
 def _root_cause(error: BaseException) -> str:

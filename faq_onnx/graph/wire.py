@@ -114,15 +114,14 @@ def detach_tensors(data: Buffer) -> bytes:
     """
 
     def edit(start: int, end: int) -> list[Piece]:
-        pieces: list[Piece] = []
-        copied = start
-        for field in _fields(data, start, end):
-            length = field.end - field.payload
-            if field.number != _RAW_DATA or length < MIN_DETACHED_BYTES:
-                continue
-            pieces += [data[copied : field.start], _external_reference(field.payload, length)]
-            copied = field.end
-        return [*pieces, data[copied:end]]
+        fields = list(_fields(data, start, end))
+        raw = [field for field in fields if field.number == _RAW_DATA]
+        if len(raw) != 1 or raw[0].end - raw[0].payload < MIN_DETACHED_BYTES:
+            return [data[start:end]]
+        # A data_location of the file (DEFAULT, written by some exporters) would win over ours.
+        kept = [field for field in fields if field.number not in (_RAW_DATA, _DATA_LOCATION)]
+        reference = _external_reference(raw[0].payload, raw[0].end - raw[0].payload)
+        return [*(data[field.start : field.end] for field in kept), reference]
 
     rewriter = _Rewriter(data, lambda start, end: end - start >= MIN_DETACHED_BYTES, edit)
     return b"".join(
