@@ -1,0 +1,141 @@
+"""Verification of what was written, and the verdict on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from faq_onnx.artifacts.verification import (
+    LogitMetrics,
+    SiteError,
+    StructureCheck,
+    VerificationReport,
+)
+from faq_onnx.calibration.walk import ReferenceLogits
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.errors import VerificationError
+from faq_onnx.progress import Progress
+from faq_onnx.runtime.feeds import decoder_feeds
+from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.verify import LogitComparison, check_kernels, check_structure
+
+__all__ = ["compare_to_reference", "fold_error", "judge", "verify_file"]
+
+WORST_SITES = 5
+# Folding multiplies and divides by the same numbers: what remains is rounding, which grows with
+# the number of layers. Measured 2e-6 to 3e-5 (float32) on the models of the test suite.
+FOLD_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+
+
+def fold_error(folded: ReferenceLogits, reference: ReferenceLogits) -> float:
+    """Largest change of a logit by folding, over the largest logit, on the same windows."""
+    largest = 0.0
+    for (_, after), (_, before) in zip(folded, reference, strict=False):
+        size = float(np.abs(before).max()) or 1.0
+        largest = max(largest, float(np.abs(after - before).max()) / size)
+    return largest
+
+
+def check_fold(error: float, dtypes: Iterable[str]) -> None:
+    """Refuse a folded model that is not the same function.
+
+    Raises:
+        VerificationError: The logits changed by more than rounding.
+    """
+    tolerance = max(FOLD_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes)
+    if not error <= tolerance:
+        msg = (
+            f"folding the channel scales changed the float model's logits by {error:.2g} of their "
+            f"size (at most {tolerance:.0e} is rounding): this graph shares or hides something "
+            "that the analysis did not see. Use --method rtn, or --no-share-heads, and please "
+            "report the model"
+        )
+        raise VerificationError(msg)
+
+
+def compare_to_reference(
+    model: Path, reference: ReferenceLogits, progress: Progress
+) -> LogitMetrics:
+    """KL, top-1 and perplexities of a written model against the float logits."""
+    session = open_session(model)
+    comparison = LogitComparison()
+    with progress.stage("compare with the float model", len(reference.windows), "windows") as step:
+        for ids, logits in reference:
+            feeds = decoder_feeds(session.get_inputs(), ids)
+            name = reference.output if reference.output in _names(session) else "logits"
+            ours = run_session(session, feeds, [name])[name]
+            comparison.add(logits, np.asarray(ours, np.float32), ids)
+            step(1)
+    return comparison.metrics()
+
+
+def verify_file(
+    path: Path, logits: LogitMetrics | None, sites: Sequence[SiteError], error: float | None
+) -> VerificationReport:
+    """Structure and kernels of a written model, joined with what was measured before."""
+    return VerificationReport(
+        structure=check_structure(path),
+        kernels=check_kernels(path),
+        logits=logits,
+        sites=tuple(sites),
+        fold_error=error,
+    )
+
+
+def judge(report: VerificationReport, config: QuantizeConfig, *, force: bool) -> tuple[str, ...]:
+    """Raise what makes a result unacceptable; with `force` say it in notes instead.
+
+    Kernels that do not compute what was packed, and logits that are not finite, are never accepted.
+
+    Raises:
+        VerificationError: Names what is wrong, where, and the way out.
+    """
+    if report.kernels.worst > 1:
+        msg = (
+            f"{report.kernels.worst_node}: the kernel's output differs from the dequantized "
+            f"weights by {report.kernels.worst:.1f} times the tolerance; the file is wrong for "
+            f"onnxruntime {report.structure.onnxruntime}"
+        )
+        raise VerificationError(msg)
+    if report.logits is not None and not np.isfinite(report.logits.kl_nats):
+        msg = "the low-bit model's logits are not finite; try more bits or --accuracy-level 0"
+        raise VerificationError(msg)
+    complaints = [*_complaints(report, config)]
+    if complaints and not force:
+        raise VerificationError("; ".join(complaints) + "; --force writes it all the same")
+    return tuple(complaints)
+
+
+def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[str]:
+    if report.logits is not None and report.logits.kl_nats > config.verify.max_kl:
+        worst = sorted(report.sites, key=lambda site: site.sqnr_db)[:WORST_SITES]
+        names = ", ".join(f"{site.site} ({site.sqnr_db:.1f} dB)" for site in worst)
+        yield (
+            f"KL to the float model is {report.logits.kl_nats:.3f} nats/token, more than --max-kl "
+            f"{config.verify.max_kl:g}. Worst sites: {names}. Try more --bits, a smaller "
+            "--block-size, --method faq, or --exclude these"
+        )
+    if config.method is not Method.RTN and report.sites:
+        same = sum(site.equals_rtn for site in report.sites)
+        if same == len(report.sites):
+            yield (
+                f"--method {config.method} changed nothing: the codes of all {same} sites equal "
+                "round-to-nearest. Calibrate on more or other text, or use --method rtn"
+            )
+
+
+def slow_note(structure: StructureCheck) -> str:
+    """A sentence about nodes without a fast kernel, "" if there is none."""
+    if not structure.slow_nodes:
+        return ""
+    return (
+        f"{len(structure.slow_nodes)} of {structure.nbits_nodes} low-bit nodes have no fast "
+        f"kernel in onnxruntime {structure.onnxruntime} (first: {structure.slow_nodes[0]}): their "
+        "weights are dequantized on every call; use --accuracy-level 4"
+    )
+
+
+def _names(session: object) -> set[str]:
+    return {value.name for value in session.get_outputs()}  # type: ignore[attr-defined]

@@ -1,0 +1,407 @@
+"""The stages in order: what every command and the Python API run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from faq_onnx import __version__, checks, stages
+from faq_onnx.artifacts.plan import QuantPlan
+from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
+from faq_onnx.artifacts.sites import ModelCensus
+from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.artifacts.verification import VerificationReport
+from faq_onnx.calibration.collect import Collector
+from faq_onnx.calibration.corpus import TokenWindows, load_corpus
+from faq_onnx.calibration.walk import ReferenceLogits
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.errors import PackageError
+from faq_onnx.export import resolve_source
+from faq_onnx.graph.io import save_model
+from faq_onnx.planning.formats import plan_embeddings, plan_sites
+from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
+from faq_onnx.progress import SILENT, Progress
+from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
+from faq_onnx.report.summary import summary_markdown
+from faq_onnx.targets.genai import check_generation, write_genai_config
+from faq_onnx.targets.package import OutputFolder, check_free_space, copy_companions
+
+__all__ = [
+    "apply",
+    "calibrate",
+    "convert",
+    "export",
+    "inspect",
+    "plan",
+    "preview",
+    "verify",
+]
+
+_LOG = logging.getLogger(__name__)
+
+GENERATION_STEPS = 16
+REPORT_NAME = "report.json"
+SUMMARY_NAME = "summary.md"
+
+
+@dataclasses.dataclass
+class _Run:
+    """One conversion: where it works, how long its stages took, whom it tells."""
+
+    work: Path
+    progress: Progress
+    config: QuantizeConfig
+    times: list[StageTime] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Clock a stage."""
+        start = time.perf_counter()
+        yield
+        duration = time.perf_counter() - start
+        self.times.append(StageTime(stage=stage, duration_s=round(duration, 3)))
+        _LOG.info("%s took %.1f s", stage, duration)
+
+
+def convert(  # noqa: PLR0913 - the public entry point
+    source: str,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    progress: Progress = SILENT,
+    force: bool = False,
+    work: Path | None = None,
+) -> RunReport:
+    """Turn a model into a verified low-bit package.
+
+    Args:
+        source: ONNX file or folder, Hugging Face folder or id, or GGUF file.
+        output: Folder to write; appears complete or not at all.
+        config: What to do.
+        progress: Receives stages and notes.
+        force: Replace `output`; accept a result that verification complains about.
+        work: Keeps intermediate artifacts; a later run with the same one resumes.
+
+    Raises:
+        FaqOnnxError: See `faq_onnx.errors`.
+    """
+    origin = Path(source) if Path(source).exists() else None
+    with OutputFolder(output, origin, force) as out, _work_folder(work) as folder:
+        run = _Run(folder, progress, config)
+        opened = _open(run, source)
+        windows = _tokens(run, opened)
+        stats, reference = _calibrate(run, opened, windows)
+        with run.timed("plan"):
+            planned = make_plan(opened.census, config, stats, opened.read, progress)
+        return _apply(run, opened, planned, stats, reference, out.path, force=force)
+
+
+def inspect(source: str, *, progress: Progress = SILENT) -> ModelCensus:
+    """What is in a model, and what would be left alone."""
+    with _work_folder(None) as work:
+        return stages.open_model(source, work, progress).census
+
+
+def preview(
+    source: str, config: QuantizeConfig, *, progress: Progress = SILENT
+) -> tuple[tuple[SiteRow, ...], tuple[EmbeddingRow, ...], Totals]:
+    """The formats that `convert` would use, without running the model."""
+    with _work_folder(None) as work:
+        opened = stages.open_model(source, work, progress)
+        planned = make_plan(
+            opened.census, config.model_copy(update={"method": Method.RTN}), None, opened.read
+        )
+        sites = site_rows(opened.census, planned.plan, {})
+        tables = embedding_rows(opened.census, planned.plan)
+        size = _source_bytes(opened)
+        return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
+
+
+def export(
+    source: str, output: Path, *, progress: Progress = SILENT, force: bool = False
+) -> Path:
+    """Export a checkpoint to an ONNX folder; returns the folder."""
+    with OutputFolder(output, None, force) as out, _work_folder(None) as work:
+        resolved = resolve_source(source, work, progress)
+        if not resolved.exported:
+            msg = f"{source} is ONNX already ({resolved.onnx_path}); convert it as it is"
+            raise PackageError(msg)
+        for path in sorted(resolved.onnx_path.parent.iterdir()):
+            if path.is_file():
+                shutil.move(path, out.path / path.name)
+    return output
+
+
+def calibrate(
+    source: str,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    progress: Progress = SILENT,
+    force: bool = False,
+) -> Path:
+    """Collect the statistics that `config` needs into a folder, for `plan` and `apply`."""
+    with OutputFolder(output, None, force) as out, _work_folder(None) as work:
+        run = _Run(work, progress, config)
+        opened = _open(run, source)
+        stats, _reference = _calibrate(run, opened, _tokens(run, opened))
+        for path in sorted(stats.folder.iterdir()):
+            shutil.move(path, out.path / path.name)
+    return output
+
+
+def plan(  # noqa: PLR0913 - one argument per input of the stage
+    source: str,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    stats: Path | None = None,
+    progress: Progress = SILENT,
+    force: bool = False,
+) -> QuantPlan:
+    """Decide formats and channel scales, and write them to a folder for `apply`."""
+    with OutputFolder(output, None, force) as out, _work_folder(None) as work:
+        opened = stages.open_model(source, work, progress)
+        collected = _open_stats(stats, opened)
+        planned = make_plan(opened.census, config, collected, opened.read, progress)
+        planned.save(out.path)
+        return planned.plan
+
+
+def apply(  # noqa: PLR0913 - one argument per input of the stage
+    source: str,
+    plan: Path,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    stats: Path | None = None,
+    progress: Progress = SILENT,
+    force: bool = False,
+) -> RunReport:
+    """Quantize as a saved plan says, verify, and write the package."""
+    origin = Path(source) if Path(source).exists() else None
+    with OutputFolder(output, origin, force) as out, _work_folder(None) as work:
+        run = _Run(work, progress, config)
+        opened = _open(run, source)
+        planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
+        windows = _tokens(run, opened, calibrate=False)
+        with run.timed("reference"):
+            reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
+        collected = _open_stats(stats, opened)
+        return _apply(run, opened, planned, collected, reference, out.path, force=force)
+
+
+def verify(
+    output: Path, source: str | None = None, *, progress: Progress = SILENT
+) -> VerificationReport:
+    """Check a written package again; against the float model too when its source is given."""
+    path = output / "model.onnx" if output.is_dir() else output
+    if not path.is_file():
+        msg = f"{path}: no such file; give the OUT folder of a conversion or an .onnx file"
+        raise PackageError(msg)
+    logits = None
+    report_path = path.parent / REPORT_NAME
+    if source is not None:
+        config = QuantizeConfig()
+        if report_path.is_file():
+            config = RunReport.load(report_path).config
+        with _work_folder(None) as work:
+            run = _Run(work, progress, config)
+            opened = _open(run, source)
+            windows = _tokens(run, opened, calibrate=False)
+            reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
+            logits = checks.compare_to_reference(path, reference, progress)
+    return checks.verify_file(path, logits, (), None)
+
+
+def _open(run: _Run, source: str) -> stages.OpenedModel:
+    with run.timed("open"):
+        opened = stages.open_model(source, run.work, run.progress)
+        formats = plan_sites(opened.census, run.config)  # a wrong wish fails here, not in an hour
+        plan_embeddings(opened.census, run.config, formats)
+    return opened
+
+
+def _tokens(run: _Run, opened: stages.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
+    """Calibration and held-out windows; the same held-out ones for every method."""
+    settings = run.config.calibration
+    needed = calibrate and run.config.method is not Method.RTN
+    skip = settings.source == "self" and not needed
+    with run.timed("tokens"):
+        return load_corpus(
+            settings,
+            source=opened.source,
+            vocabulary=opened.vocabulary,
+            count=0 if skip else settings.samples,
+            holdout=run.config.verify.samples,
+            progress=run.progress,
+        )
+
+
+def _collector(run: _Run, opened: stages.OpenedModel) -> Collector:
+    return Collector(opened.model, opened.census, opened.fingerprint, run.work)
+
+
+def _calibrate(
+    run: _Run, opened: stages.OpenedModel, windows: TokenWindows
+) -> tuple[CalibrationStats, ReferenceLogits]:
+    groups = needs_statistics(opened.census, run.config)
+    check_free_space(run.work, _work_bytes(opened.census, windows, groups))
+    with run.timed("calibrate"):
+        return _collector(run, opened).collect(
+            windows.calibration, windows.heldout, groups, run.progress
+        )
+
+
+def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
+    """Disk that calibration takes: Gram matrices, and hidden states of two layers."""
+    named = set(groups)
+    grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
+    width = max((group.in_features for group in census.groups), default=0)
+    tokens = windows.calibration.size + windows.heldout.size
+    return grams + 2 * 4 * width * tokens
+
+
+def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
+    run: _Run,
+    opened: stages.OpenedModel,
+    planned: PlannedModel,
+    stats: CalibrationStats | None,
+    reference: ReferenceLogits,
+    folder: Path,
+    *,
+    force: bool,
+) -> RunReport:
+    source_bytes = _source_bytes(opened)
+    with run.timed("fold"):
+        marks = stages.rtn_marks(opened, planned)
+        error = _fold(run, opened, planned, reference)
+    with run.timed("quantize"):
+        quantized = stages.quantize(
+            opened, planned, stats, marks, run.work / "weights", run.progress
+        )
+        stages.rewrite(opened, planned, quantized.weights)
+    with run.timed("save"):
+        size = save_model(
+            opened.model, folder / "model.onnx", external_data=run.config.external_data
+        )
+        copy_companions(opened.source, folder)
+        write_genai_config(folder, opened.source, run.progress)
+    with run.timed("verify"):
+        logits = checks.compare_to_reference(folder / "model.onnx", reference, run.progress)
+        report = checks.verify_file(folder / "model.onnx", logits, quantized.errors, error)
+        notes = [*checks.judge(report, run.config, force=force)]
+        notes += [note] if (note := checks.slow_note(report.structure)) else []
+        report = report.model_copy(
+            update={
+                "notes": tuple(notes),
+                "generation_matches": _try_genai(folder, reference),
+            }
+        )
+        for line in notes:
+            run.progress.note(line)
+    return _report(run, opened, planned, report, folder, (source_bytes, size))
+
+
+def _fold(
+    run: _Run, opened: stages.OpenedModel, planned: PlannedModel, reference: ReferenceLogits
+) -> float | None:
+    """Fold the scales and prove on one window that nothing changed."""
+    if not planned.scales:
+        return None
+    stages.fold(opened, planned)
+    one = dataclasses.replace(reference, windows=reference.windows[:1])
+    folded = _collector(run, opened).logits(one.windows, run.progress, "check the folded model")
+    error = checks.fold_error(folded, one)
+    checks.check_fold(error, {site.dtype for site in opened.census.sites})
+    return error
+
+
+def _try_genai(folder: Path, reference: ReferenceLogits) -> bool | None:
+    prompt = [int(token) for token in reference.windows[0, :8]]
+    return check_generation(folder, prompt, GENERATION_STEPS)
+
+
+def _report(  # noqa: PLR0913 - one argument per source of a field
+    run: _Run,
+    opened: stages.OpenedModel,
+    planned: PlannedModel,
+    verification: VerificationReport,
+    folder: Path,
+    sizes: tuple[int, int],
+) -> RunReport:
+    errors = {site.site: site for site in verification.sites}
+    sites = site_rows(opened.census, planned.plan, errors)
+    tables = embedding_rows(opened.census, planned.plan)
+    report = RunReport(
+        faq_onnx=__version__,
+        source=opened.source.given,
+        family=opened.census.family,
+        config=run.config,
+        fingerprints={
+            "model": opened.fingerprint,
+            "census": opened.census.fingerprint(),
+            "plan": planned.plan.fingerprint(),
+        },
+        versions=_versions(),
+        sites=sites,
+        embeddings=tables,
+        skipped=tuple((weight.node, weight.reason) for weight in opened.census.skipped),
+        warnings=opened.census.warnings,
+        totals=make_totals(sites, tables, source_bytes=sizes[0], output_bytes=sizes[1]),
+        stages=tuple(run.times),
+        peak_rss_bytes=_peak_rss_bytes(),
+        verification=verification,
+    )
+    report.save(folder / REPORT_NAME)
+    (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
+    return report
+
+
+def _open_stats(folder: Path | None, opened: stages.OpenedModel) -> CalibrationStats | None:
+    if folder is None:
+        return None
+    return CalibrationStats.open(folder, census_fingerprint=opened.census.fingerprint())
+
+
+def _source_bytes(opened: stages.OpenedModel) -> int:
+    path = opened.source.onnx_path
+    inline = path.stat().st_size
+    external = {
+        Path(value.const_value.path).resolve()
+        for graph in opened.model.graphs()
+        for value in graph.initializers.values()
+        if hasattr(value.const_value, "path")
+    }
+    external.discard(path.resolve())
+    return inline + sum(file.stat().st_size for file in external)
+
+
+def _versions() -> dict[str, str]:
+    names = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def _work_folder(given: Path | None) -> Iterator[Path]:
+    """The folder for intermediate artifacts: the user's, or a temporary one."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder:
+        yield Path(folder)

@@ -1,0 +1,119 @@
+"""Which format each site and embedding gets, from the configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
+from faq_onnx.artifacts.sites import EmbeddingSite, LinearRole, LinearSite, ModelCensus
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.errors import ConfigError
+from faq_onnx.quant.formats import BLOCK_SIZES, block_format, check_embedding_format
+
+__all__ = ["plan_embeddings", "plan_sites"]
+
+# AWQ does not clip these: their outputs meet in a product of each other (llm-awq auto_clip.py).
+_NEVER_CLIPPED = frozenset({LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.QKV_PROJ})
+
+
+def plan_sites(census: ModelCensus, config: QuantizeConfig) -> tuple[SitePlan, ...]:
+    """One plan per site, in census order.
+
+    Raises:
+        ConfigError: An --exclude pattern fits no site, or nothing is left to quantize.
+        UnsupportedFormatError: A format that no kernel stores.
+    """
+    _check_patterns(census.sites, config.exclude)
+    tied = {table.tied_site for table in census.embeddings}
+    plans = tuple(
+        _plan_site(site, config, shares_table=site.name in tied) for site in census.sites
+    )
+    if all(plan.format is None for plan in plans):
+        msg = (
+            f"nothing to quantize: --exclude {' '.join(config.exclude) or '(none)'} and "
+            f"--lm-head {config.lm_head} leave all {len(plans)} sites float"
+        )
+        raise ConfigError(msg)
+    return plans
+
+
+def plan_embeddings(
+    census: ModelCensus, config: QuantizeConfig, sites: Sequence[SitePlan]
+) -> tuple[EmbeddingPlan, ...]:
+    """One plan per embedding.
+
+    Raises:
+        ConfigError: `shared` was asked for and the head is not tied, or stays float.
+    """
+    formats = {plan.site: plan.format for plan in sites}
+    return tuple(_plan_embedding(table, config, formats) for table in census.embeddings)
+
+
+def _plan_site(site: LinearSite, config: QuantizeConfig, *, shares_table: bool) -> SitePlan:
+    reason = ""
+    bits: int = config.bits
+    if any(fnmatchcase(site.name, pattern) for pattern in config.exclude):
+        reason = "excluded by --exclude"
+    elif site.role is LinearRole.LM_HEAD and config.lm_head == "keep":
+        reason = "kept float by --lm-head keep"
+    elif site.role is LinearRole.LM_HEAD and config.lm_head != "same":
+        bits = int(config.lm_head)
+    block_size: int = config.block_size
+    if shares_table and config.embedding in {"auto", "shared"}:
+        block_size = _whole_blocks(site.in_features, block_size)
+    fmt = None if reason else block_format(bits, block_size, config.symmetric)
+    clips = config.method is not Method.RTN and config.scale.clip
+    clips = clips and site.role not in _NEVER_CLIPPED and not site.in_subgraph
+    # At 8 bits the steps are so fine that shrinking the range never pays.
+    grid = "clip" if clips and fmt is not None and fmt.code_bits < 8 else "minmax"
+    return SitePlan(
+        site=site.name,
+        format=fmt,
+        grid=grid,
+        accuracy_level=config.accuracy_level,
+        reason=reason,
+    )
+
+
+def _plan_embedding(
+    table: EmbeddingSite, config: QuantizeConfig, formats: dict[str, BlockFormat | None]
+) -> EmbeddingPlan:
+    head = None if table.tied_site is None else formats.get(table.tied_site)
+    wish = config.embedding
+    if wish == "auto":
+        wish = "shared" if head is not None and head.storage_bits in {4, 8} else "keep"
+        if wish == "shared" and head is not None and table.width % head.block_size:
+            wish = "keep"
+    if wish == "keep":
+        return EmbeddingPlan(embedding=table.name, format=None, reason="kept float")
+    if wish == "shared":
+        if table.tied_site is None or head is None:
+            found = "has no tied lm_head" if table.tied_site is None else "has a float lm_head"
+            msg = (
+                f"embedding {table.name}: --embedding shared, but it {found}; choose "
+                "--embedding keep, 4 or 8" + ("" if head else ", or --lm-head 4, 8 or same")
+            )
+            raise ConfigError(msg)
+        check_embedding_format(head, width=table.width, embedding=table.name)
+        return EmbeddingPlan(embedding=table.name, format=head, shared_with=table.tied_site)
+    fmt = block_format(int(wish), config.block_size, config.symmetric)
+    check_embedding_format(fmt, width=table.width, embedding=table.name)
+    return EmbeddingPlan(embedding=table.name, format=fmt)
+
+
+def _whole_blocks(in_features: int, block_size: int) -> int:
+    """The largest block up to `block_size` that divides K: what a Gather can read, too."""
+    fitting = [b for b in BLOCK_SIZES if b <= block_size and in_features % b == 0]
+    return max(fitting, default=block_size)
+
+
+def _check_patterns(sites: Sequence[LinearSite], patterns: Sequence[str]) -> None:
+    unused = [p for p in patterns if not any(fnmatchcase(site.name, p) for site in sites)]
+    if unused:
+        names = ", ".join(site.name for site in sites[:3])
+        msg = (
+            f"--exclude {' '.join(unused)}: fits none of the {len(sites)} sites; names look like "
+            f"{names} (see `faq-onnx inspect`)"
+        )
+        raise ConfigError(msg)

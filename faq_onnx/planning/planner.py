@@ -1,0 +1,136 @@
+"""Put the decisions together, and keep them on disk: plan.json and scales.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from faq_onnx.artifacts.plan import (
+    EmbeddingPlan,
+    GroupPlan,
+    QuantPlan,
+    ScaleApplication,
+    SitePlan,
+)
+from faq_onnx.artifacts.sites import LinearSite, ModelCensus
+from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.errors import PlanError
+from faq_onnx.planning.formats import plan_embeddings, plan_sites
+from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
+from faq_onnx.progress import SILENT, Progress
+
+__all__ = ["PlannedModel", "make_plan", "needs_statistics"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedModel:
+    """A plan with its arrays.
+
+    Attributes:
+        plan: The decisions.
+        scales: Channel scale by group name, float32 [K]; groups without one are missing.
+    """
+
+    plan: QuantPlan
+    scales: dict[str, Array]
+
+    def save(self, folder: Path) -> None:
+        """Write plan.json and scales.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.plan.save(folder / "plan.json")
+        save_file(self.scales, folder / "scales.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, *, census_fingerprint: str) -> PlannedModel:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: Nothing there, or made for another model.
+        """
+        path = folder / "plan.json"
+        if not path.is_file():
+            msg = f"{folder} holds no plan ({path.name} is missing); make one with `faq-onnx plan`"
+            raise PlanError(msg)
+        plan = QuantPlan.load(path)
+        if plan.census_fingerprint != census_fingerprint:
+            msg = f"{folder}: the plan was made for another model; run `faq-onnx plan` on this one"
+            raise PlanError(msg)
+        return cls(plan, load_file(folder / "scales.safetensors"))
+
+
+def needs_statistics(census: ModelCensus, config: QuantizeConfig) -> list[str]:
+    """Names of the groups whose statistics `make_plan` and clipping will read."""
+    if config.method is Method.RTN:
+        return []
+    plans = plan_sites(census, config)
+    clipped = {plan.site for plan in plans if plan.grid == "clip"}
+    scaled = _applications(census, config, plans, plan_embeddings(census, config, plans))
+    wanted = [
+        group
+        for group in census.groups
+        if scaled[group.name] is not ScaleApplication.NONE or clipped & set(group.sites)
+    ]
+    in_graph = {site.name for site in census.sites if not site.in_subgraph}
+    return [group.name for group in wanted if in_graph & set(group.sites)]
+
+
+def _applications(
+    census: ModelCensus,
+    config: QuantizeConfig,
+    sites: Sequence[SitePlan],
+    embeddings: Sequence[EmbeddingPlan],
+) -> dict[str, ScaleApplication]:
+    shared = {plan.shared_with for plan in embeddings if plan.shared_with is not None}
+    return scaled_groups(census, config, {plan.site: plan.format for plan in sites}, shared)
+
+
+def make_plan(
+    census: ModelCensus,
+    config: QuantizeConfig,
+    stats: CalibrationStats | None,
+    read_weight: Callable[[LinearSite], Array],
+    progress: Progress = SILENT,
+) -> PlannedModel:
+    """Decide formats and channel scales.
+
+    Args:
+        census: Of the model.
+        config: The wish.
+        stats: Calibration statistics; None is enough for RTN.
+        read_weight: The float weight of a site, float32 [N, K].
+        progress: Shows the scale search.
+
+    Raises:
+        PlanError: The wish cannot be planned, or statistics are missing.
+    """
+    sites = plan_sites(census, config)
+    embeddings = plan_embeddings(census, config, sites)
+    if stats is None:
+        if config.method is not Method.RTN:
+            msg = f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
+            raise PlanError(msg)
+        choices = [_identity(group.name) for group in census.groups]
+    else:
+        formats = {plan.site: plan.format for plan in sites}
+        planner = ScalePlanner(census, config, stats, formats, read_weight)
+        choices = planner.choose(_applications(census, config, sites, embeddings), progress)
+    plan = QuantPlan(
+        census_fingerprint=census.fingerprint(),
+        method=config.method.value,
+        sites=sites,
+        groups=tuple(choice.plan for choice in choices),
+        embeddings=embeddings,
+    )
+    return PlannedModel(plan, {c.plan.group: c.scale for c in choices if c.scale is not None})
+
+
+def _identity(group: str) -> GroupChoice:
+    return GroupChoice(GroupPlan(group=group, application=ScaleApplication.NONE), None)

@@ -1,0 +1,69 @@
+"""AWQ's clip search: shrink the range of each block where that lowers its output error.
+
+llm-awq (auto_clip.py) clamps a block to +-m for m = m0, 0.95 m0, ... 0.55 m0 (m0 = max |w|),
+rounds, and keeps the ratio with the least squared error of the block's own partial output. On the
+diagonal block G_b of the Gram matrix that error is d G_b d^T with d = Q(clamp(w)) - w.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.quant.uniform import fake_quantize
+
+__all__ = ["clip_blocks"]
+
+Blocks = npt.NDArray[np.float32]
+
+CLIP_STEPS = 10  # ratios 1.00, 0.95, ... 0.55 as in llm-awq (n_grid 20, max_shrink 0.5)
+CLIP_GRID = 20
+ROWS_AT_A_TIME = 512  # bounds the temporaries to a few copies of 512 rows
+
+
+def clip_blocks(
+    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
+) -> Blocks:
+    """Clamp each block to its best range; ratio 1 is among the candidates.
+
+    Args:
+        blocks: float32 [N, k_blocks, block].
+        grams: Diagonal blocks of the Gram matrix, float32 [k_blocks, block, block].
+        fmt: Format that the clamped blocks will be rounded to.
+        scale_dtype: Dtype in which scales are stored.
+
+    Returns:
+        float32 [N, k_blocks, block], the clamped weights.
+    """
+    clipped = np.empty_like(blocks)
+    for start in range(0, len(blocks), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        clipped[rows] = _clip_rows(blocks[rows], grams, fmt, scale_dtype)
+    return clipped
+
+
+def _clip_rows(
+    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike
+) -> Blocks:
+    limit = np.abs(blocks).max(axis=-1, keepdims=True)
+    best_error = np.full(blocks.shape[:-1], np.inf, np.float32)
+    best_limit = limit.copy()
+    for step in range(CLIP_STEPS):
+        candidate = limit * np.float32(1 - step / CLIP_GRID)
+        clamped = np.clip(blocks, -candidate, candidate)
+        delta = fake_quantize(clamped, fmt, out=clamped, scale_dtype=scale_dtype)
+        delta -= blocks
+        error = _block_errors(delta, grams)
+        better = error < best_error
+        best_error[better] = error[better]
+        best_limit[better] = candidate[better]
+    return np.clip(blocks, -best_limit, best_limit)
+
+
+def _block_errors(delta: Blocks, grams: Blocks) -> Blocks:
+    """d G_b d^T for each block: float32 [N, k_blocks]."""
+    by_block = np.ascontiguousarray(delta.transpose(1, 0, 2))
+    product = np.matmul(by_block, grams)
+    errors: Blocks = np.einsum("bnk,bnk->nb", product, by_block, optimize=False)
+    return errors

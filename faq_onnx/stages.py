@@ -1,0 +1,244 @@
+"""The stages of a conversion, one function each; `pipeline` puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from faq_onnx.analysis import canonicalise, check_finite, take_census
+from faq_onnx.artifacts.plan import SitePlan
+from faq_onnx.artifacts.record import fingerprint_file
+from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
+from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.artifacts.verification import SiteError
+from faq_onnx.artifacts.weights import WeightStore
+from faq_onnx.errors import CorruptModelError, UnsupportedModelError
+from faq_onnx.export import resolve_source
+from faq_onnx.graph.io import load_model, release_weights
+from faq_onnx.graph.weights import read_initializer, read_weight
+from faq_onnx.passes import (
+    FoldScalesPass,
+    MatMulToNBitsPass,
+    QuantizeEmbeddingPass,
+    run_passes,
+)
+from faq_onnx.planning.planner import PlannedModel
+from faq_onnx.progress import Progress
+from faq_onnx.quant.objective import scale_gram
+from faq_onnx.quant.site import quantize_weight, rtn_codes
+from faq_onnx.quant.uniform import quantize_rtn
+
+__all__ = [
+    "OpenedModel",
+    "Quantized",
+    "open_model",
+    "quantize",
+    "rewrite",
+]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A float model, understood.
+
+    Attributes:
+        source: Where it came from.
+        model: The graph; weights on disk.
+        census: What is in it.
+        fingerprint: Sha256 over its files.
+    """
+
+    source: SourceModel
+    model: ir.Model
+    census: ModelCensus
+    fingerprint: str
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        if self.census.embeddings:
+            return self.census.embeddings[0].rows
+        heads = [site for site in self.census.sites if site.role == "lm_head"]
+        if not heads:
+            msg = (
+                f"{self.source.onnx_path}: neither a token embedding nor an lm_head was found, so "
+                "the model cannot be run on text; use --method rtn with `faq-onnx opt`"
+            )
+            raise UnsupportedModelError(msg)
+        return heads[0].out_features
+
+    def read(self, site: LinearSite) -> npt.NDArray[np.float32]:
+        """The weight of a site as the graph holds it now, float32 [N, K]."""
+        weight = read_weight(self.model, site)
+        return weight
+
+
+def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
+    """Resolve, load, canonicalise and take stock of a source."""
+    resolved = resolve_source(source, work, progress)
+    model = load_model(resolved.onnx_path)
+    canonicalise(model)
+    census = take_census(model, _read_config(resolved))
+    check_finite(model, census)
+    release_weights(model)
+    for warning in census.warnings:
+        progress.note(warning)
+    return OpenedModel(resolved, model, census, _fingerprint(model, resolved.onnx_path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Low-bit weights on disk and what each costs."""
+
+    weights: WeightStore
+    errors: tuple[SiteError, ...]
+
+
+def rtn_marks(opened: OpenedModel, planned: PlannedModel) -> dict[str, str]:
+    """Digest of each site's round-to-nearest codes, taken before the graph is changed."""
+    marks = {}
+    for plan in planned.plan.sites:
+        if plan.format is not None:
+            site = opened.census.site(plan.site)
+            codes = rtn_codes(opened.read(site), plan.format, _scale_dtype(site.dtype))
+            marks[plan.site] = hashlib.sha256(codes).hexdigest()
+    release_weights(opened.model)
+    return marks
+
+
+def fold(opened: OpenedModel, planned: PlannedModel) -> None:
+    """Fold the channel scales into the graph; the function that it computes stays the same."""
+    run_passes(opened.model, [FoldScalesPass(opened.census, planned.plan, planned.scales)])
+
+
+def quantize(  # noqa: PLR0913 - the stage joins the artifacts of all stages before it
+    opened: OpenedModel,
+    planned: PlannedModel,
+    stats: CalibrationStats | None,
+    marks: Mapping[str, str],
+    folder: Path,
+    progress: Progress,
+) -> Quantized:
+    """Quantize every planned site and embedding of the folded graph, one at a time.
+
+    Args:
+        opened: The model after `fold`.
+        planned: What to do.
+        stats: Gram matrices, for clipping and output errors; None for RTN.
+        marks: From `rtn_marks`.
+        folder: Receives the weights.
+        progress: Receives weights done, in millions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = WeightStore(folder)
+    errors = []
+    groups = {name: group for group in opened.census.groups for name in group.sites}
+    plans = [plan for plan in planned.plan.sites if plan.format is not None]
+    sites = {plan.site: opened.census.site(plan.site) for plan in plans}
+    total = sum(site.in_features * site.out_features for site in sites.values()) / 1e6
+    with progress.stage("quantize", total, "M weights") as advance:
+        for plan in plans:
+            site = sites[plan.site]
+            gram = _gram(groups[plan.site], planned, stats)
+            errors.append(_quantize_site(opened, site, plan, gram, marks, store))
+            advance(site.in_features * site.out_features / 1e6)
+        _quantize_embeddings(opened, planned, store)
+    release_weights(opened.model)
+    return Quantized(store, tuple(errors))
+
+
+def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) -> None:
+    """Replace the float nodes by low-bit ones."""
+    plans = {plan.site: plan for plan in planned.plan.sites if plan.format is not None}
+    tables = {p.embedding: p for p in planned.plan.embeddings if p.format is not None}
+    sites = tuple(site for site in opened.census.sites if site.name in plans)
+    embeddings = tuple(table for table in opened.census.embeddings if table.name in tables)
+    run_passes(
+        opened.model,
+        [
+            MatMulToNBitsPass(sites, plans, weights),
+            QuantizeEmbeddingPass(embeddings, tables, weights),
+        ],
+    )
+
+
+def _quantize_site(  # noqa: PLR0913 - see `quantize`
+    opened: OpenedModel,
+    site: LinearSite,
+    plan: SitePlan,
+    gram: npt.NDArray[np.float32] | None,
+    marks: Mapping[str, str],
+    store: WeightStore,
+) -> SiteError:
+    assert plan.format is not None
+    result = quantize_weight(
+        opened.read(site),
+        plan.format,
+        gram=gram,
+        clip=plan.grid == "clip",
+        scale_dtype=_scale_dtype(site.dtype),
+    )
+    store.put(site.name, result.weight)
+    same = hashlib.sha256(result.codes.tobytes()).hexdigest() == marks.get(site.name)
+    return SiteError(site=site.name, sqnr_db=round(result.sqnr_db, 3), equals_rtn=same)
+
+
+def _quantize_embeddings(
+    opened: OpenedModel, planned: PlannedModel, store: WeightStore
+) -> None:
+    tables = {table.name: table for table in opened.census.embeddings}
+    for plan in planned.plan.embeddings:
+        if plan.format is None or plan.shared_with is not None:
+            continue
+        table = tables[plan.embedding]
+        values = read_initializer(opened.model, table.weight).astype(np.float32, copy=False)
+        store.put(table.name, quantize_rtn(values, plan.format, _scale_dtype(table.dtype)))
+
+
+def _gram(
+    group: ScaleGroup, planned: PlannedModel, stats: CalibrationStats | None
+) -> npt.NDArray[np.float32] | None:
+    """Gram matrix of what the sites read after folding: x / s."""
+    if stats is None or not stats.has(group.name):
+        return None
+    gram = stats.gram(group.name)
+    scale = planned.scales.get(group.name)
+    return gram if scale is None else scale_gram(gram, scale)
+
+
+def _scale_dtype(dtype: str) -> npt.DTypeLike:
+    return np.float16 if dtype == "float16" else np.float32
+
+
+def _read_config(source: SourceModel) -> Mapping[str, object] | None:
+    path = source.companion("config.json")
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = f"{path}: not valid JSON ({error}); restore it or remove it"
+        raise CorruptModelError(msg) from error
+    return config if isinstance(config, dict) else None
+
+
+def _fingerprint(model: ir.Model, path: Path) -> str:
+    """Sha256 over the ONNX file and the files that hold its weights."""
+    files = {path.resolve()}
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.add(Path(value.const_value.path).resolve())
+    parts = [fingerprint_file(file) for file in sorted(files)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
