@@ -42,11 +42,12 @@ class Sampling:
     def draw(self, logits: Logits, rng: np.random.Generator) -> Tokens:
         """One token for each row of logits [B, vocabulary]: int64 [B]."""
         if self.temperature == 0:
-            return np.asarray(logits.argmax(axis=1), np.int64)
+            best: Tokens = logits.argmax(axis=1)
+            return best
         candidates: Tokens | None = None
         if self.top_k is not None and self.top_k < logits.shape[1]:
-            best = np.argpartition(logits, -self.top_k, axis=1)[:, -self.top_k :]
-            candidates = np.sort(best, axis=1)  # a set has no order; a draw needs one
+            largest = np.argpartition(logits, -self.top_k, axis=1)[:, -self.top_k :]
+            candidates = np.sort(largest, axis=1)  # a set has no order; a draw needs one
             logits = np.take_along_axis(logits, candidates, axis=1)
         weights = logits - logits.max(axis=1, keepdims=True)
         weights *= np.float32(1 / self.temperature)
@@ -54,10 +55,11 @@ class Sampling:
         sums = np.cumsum(weights, axis=1, dtype=np.float64)
         # 1 - u lies in (0, 1]: a token of weight 0 in front is never drawn
         points = (1.0 - rng.random(len(logits))) * sums[:, -1]
-        chosen = (sums < points[:, np.newaxis]).sum(axis=1)
+        chosen: Tokens = (sums < points[:, np.newaxis]).sum(axis=1)
         if candidates is None:
-            return chosen.astype(np.int64)
-        return candidates[np.arange(len(chosen)), chosen]
+            return chosen
+        drawn: Tokens = candidates[np.arange(len(chosen)), chosen]
+        return drawn
 
 
 DEFAULT_SAMPLING = Sampling()

@@ -54,6 +54,6 @@ def compare_models(
                 run_session(session, decoder_feeds(session.get_inputs(), ids), [LOGITS])[LOGITS]
                 for session in sessions
             )
-            comparison.add(ids, reference, quantized)
+            comparison.add(reference, quantized, ids)
             advance(1)
     return comparison.metrics()

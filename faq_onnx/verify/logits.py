@@ -50,13 +50,13 @@ class LogitComparison:
     _loss_float: float = 0.0
     _loss: float = 0.0
 
-    def add(self, input_ids: npt.NDArray[np.int64], float_logits: Floats, logits: Floats) -> None:
+    def add(self, float_logits: Floats, logits: Floats, input_ids: npt.NDArray[np.int64]) -> None:
         """Add windows.
 
         Args:
-            input_ids: int64 [B, S]; logits at position t are judged by token t + 1.
             float_logits: Of the source model, float32 or float16 [B, S, vocabulary].
             logits: Of the quantized model, same shape.
+            input_ids: int64 [B, S]; logits at position t are judged by token t + 1.
 
         Raises:
             VerificationError: The shapes do not fit.
