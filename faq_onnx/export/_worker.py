@@ -36,7 +36,7 @@ def _export_pretrained(checkpoint: str, output: Path) -> None:
     import torch  # noqa: PLC0415 - this process alone may hold torch
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
     _step("load")
     _export_model(model, output)
     _save_tokenizer(checkpoint, output)
@@ -47,7 +47,7 @@ def _export_gguf(path: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, torch_dtype=torch.float32
     )
     _step("load")
     _export_model(model, output)
