@@ -75,7 +75,7 @@ class LineProgress:
         """Report a stage; `total` 0 means that the number of steps is unknown."""
         started = last = time.monotonic()
         done = 0.0
-        self.note(f"{title} ({total:.0f} {unit})" if total > 0 else title)
+        self.note(f"{title} ({_amount(total)} {unit})" if total > 0 else title)
 
         def advance(steps: float) -> None:
             nonlocal done, last
@@ -93,6 +93,10 @@ class LineProgress:
         elapsed = format_duration(time.monotonic() - self._started)
         self._stream.write(f"[{elapsed:>7}] {text}\n")
         self._stream.flush()
+
+
+def _amount(total: float) -> str:
+    return f"{total:.0f}" if total >= 10 or total == int(total) else f"{total:.2g}"
 
 
 def _line(title: str, share: float, elapsed_s: float) -> str:

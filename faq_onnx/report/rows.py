@@ -54,7 +54,7 @@ def make_totals(
     """Sums over the tables."""
     weights = sum(row.in_features * row.out_features for row in sites)
     weights += sum(row.rows * row.width for row in embeddings if row.shared_with is None)
-    size = sum(row.size_bytes for row in (*sites, *embeddings))
+    size = sum(row.size_bytes for row in sites) + sum(row.size_bytes for row in embeddings)
     low_bit = sum(row.storage_bits is not None for row in sites)
     return Totals(
         source_bytes=source_bytes,

@@ -17,7 +17,7 @@ from faq_onnx.report.tables import (
 
 __all__ = ["SUMMARY_NAME", "summary_markdown"]
 
-SUMMARY_NAME = "README.md"  # model hubs and editors show it first
+SUMMARY_NAME = "summary.md"  # not README.md: that of the source model is copied
 
 _RUN_IT = """## Run it
 

@@ -84,8 +84,10 @@ def storage_note(rows: Iterable[SiteRow]) -> str:
 
 def plan_text(rows: Sequence[SiteRow], embeddings: Sequence[EmbeddingRow], totals: Totals) -> str:
     """What `--dry-run` shows."""
+    scaled = any(row.channel_scale != "none" for row in rows)  # a dry run has not decided yet
+    header = ["layer", "role", "site", "K", "N", "bits", "block", "bytes", "note"]
     sites = render_table(
-        ("layer", "role", "site", "K", "N", "bits", "block", "scale", "bytes", "note"),
+        [*header, "scale"] if scaled else header,
         [
             (
                 "-" if row.layer_index is None else row.layer_index,
@@ -95,9 +97,9 @@ def plan_text(rows: Sequence[SiteRow], embeddings: Sequence[EmbeddingRow], total
                 row.out_features,
                 format_bits(row.code_bits, row.storage_bits),
                 "-" if row.block_size is None else row.block_size,
-                row.channel_scale,
                 row.size_bytes,
                 row.reason,
+                *([row.channel_scale] if scaled else []),
             )
             for row in rows
         ],

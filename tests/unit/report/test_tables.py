@@ -159,23 +159,17 @@ def test_table_without_rows_has_its_header() -> None:
 
 def test_plan_shows_what_the_issue_asks_for() -> None:
     text = plan_text((_row(), FLOAT_ROW), (EMBEDDING,), TOTALS)
-    assert text.split()[:10] == [
-        "layer",
-        "role",
-        "site",
-        "K",
-        "N",
-        "bits",
-        "block",
-        "scale",
-        "bytes",
-        "note",
-    ]
+    columns = "layer role site K N bits block bytes note scale"
+    assert " ".join(text.split()[:10]) == columns
     assert "576  192  3 in 4     64" in text
     assert "--exclude lm_head" in text
     assert "that of lm_head" in text
     assert "538.0 MB -> 134.5 MB (4.0 times smaller), 4.51 bits per weight" in text
     assert "3-bit codes in 4-bit storage" in text
+
+
+def test_dry_run_shows_no_scales_that_nobody_has_chosen() -> None:
+    assert "scale" not in plan_text((_row(channel_scale="none"),), (), TOTALS)
 
 
 def test_plan_of_ordinary_widths_says_nothing_of_storage() -> None:
