@@ -7,6 +7,7 @@ rows, head by head. With grouped-query attention several query heads read one va
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -146,48 +147,85 @@ def _unusual_fused(node: ir.Node) -> NoPath | None:
     return None
 
 
+@dataclasses.dataclass
+class _Walk:
+    """Where the walk over values stands."""
+
+    value: ir.Value
+    reader: ir.Node
+    head_dim: int | None
+    has_past: bool = False
+    is_repeated: bool = False
+    is_split: bool = False  # arrived before the Transpose that put heads first
+
+    def go_to(self, value: ir.Value | None, reader: ir.Node) -> None:
+        """One node back."""
+        assert value is not None
+        self.value, self.reader = value, reader
+        self.head_dim = self.head_dim or _last_dim(value)
+
+
 def _walk_values(value: ir.Value, reader: ir.Node) -> _Values | NoPath:
     """Back over repeated heads, the cache, and the split into heads."""
-    head_dim = _last_dim(value)
-    has_past = False
-    repeated = False
-    while True:
-        node = value.producer()
+    walk = _Walk(value, reader, _last_dim(value))
+    while not walk.is_split:
+        node = walk.value.producer()
         if node is None:
-            return NoPath(f"{value.name!r} is {describe(None)}, not computed by a layer")
-        blocked = _value_blocked(value, reader, node)
-        if blocked is not None:
-            return blocked
-        head_dim = head_dim or _last_dim(value)
-        source = node.inputs[0]
-        assert source is not None
-        if is_op(node, "Cast", "Identity", domain=""):
-            pass
-        elif is_op(node, "Transpose", domain=""):
-            if tuple(node.attributes.get_ints("perm", ()) or ()) != _HEADS_FIRST:
-                return NoPath(f"{describe(node)} permutes the values in another way")
-            return _Values(source, node, head_dim or _last_dim(source), has_past)
-        elif is_op(node, "Reshape", domain="") and not repeated:
-            expanded = _repeated_heads(node)
-            if isinstance(expanded, NoPath):
-                return expanded
-            source, node, repeated = expanded.value, expanded.reader, True
-        elif is_op(node, "Concat", domain="") and not has_past:
-            source = node.inputs[-1]
-            past = None if node.inputs[0] is None else root_of(node.inputs[0])
-            if len(node.inputs) != 2 or past is None or not past.is_graph_input():
-                return NoPath(f"{describe(node)} is not a cache [past, new]")
-            if node.attributes.get_int("axis", 0) not in (-2, 2) or source is None:
-                return NoPath(f"{describe(node)} does not append along the sequence")
-            has_past = True
-            head_dim = head_dim or _last_dim(past)
-        else:
-            return NoPath(f"{value.name!r}: {describe(node)} is not part of plain attention")
-        value, reader = source, node
+            return NoPath(f"{walk.value.name!r} is {describe(None)}, not computed by a layer")
+        step = _VALUE_STEPS.get(node.op_type)
+        if step is None or not is_op(node, node.op_type, domain=""):
+            return NoPath(f"{describe(node)} in the path of the values is not plain attention")
+        problem = _value_blocked(walk.value, walk.reader, node) or step(walk, node)
+        if problem is not None:
+            return problem
+    return _Values(walk.value, walk.reader, walk.head_dim, walk.has_past)
 
 
-def _repeated_heads(node: ir.Node) -> _Values | NoPath:
-    """Reshape <- Expand <- Unsqueeze(2): each kv head stands before its own copies."""
+def _over_view(walk: _Walk, node: ir.Node) -> NoPath | None:
+    walk.go_to(node.inputs[0], node)
+    return None
+
+
+def _over_split(walk: _Walk, node: ir.Node) -> NoPath | None:
+    if tuple(node.attributes.get_ints("perm", ()) or ()) != _HEADS_FIRST:
+        return NoPath(f"{describe(node)} permutes the values in another way")
+    walk.go_to(node.inputs[0], node)
+    walk.is_split = True
+    return None
+
+
+def _over_cache(walk: _Walk, node: ir.Node) -> NoPath | None:
+    past = None if node.inputs[0] is None else root_of(node.inputs[0])
+    if walk.has_past or len(node.inputs) != 2 or past is None or not past.is_graph_input():
+        return NoPath(f"{describe(node)} is not a cache [past, new]")
+    if node.attributes.get_int("axis", 0) not in (-2, 2):
+        return NoPath(f"{describe(node)} does not append along the sequence")
+    walk.has_past = True
+    walk.head_dim = walk.head_dim or _last_dim(past)
+    walk.go_to(node.inputs[1], node)
+    return None
+
+
+def _over_repeat(walk: _Walk, node: ir.Node) -> NoPath | None:
+    repeat = _repeated_heads(node)
+    if walk.is_repeated or isinstance(repeat, NoPath):
+        return repeat if isinstance(repeat, NoPath) else NoPath("heads are repeated twice")
+    walk.is_repeated = True
+    walk.go_to(repeat.inputs[0], repeat)
+    return None
+
+
+_VALUE_STEPS: dict[str, Callable[[_Walk, ir.Node], NoPath | None]] = {
+    "Cast": _over_view,
+    "Identity": _over_view,
+    "Transpose": _over_split,
+    "Concat": _over_cache,
+    "Reshape": _over_repeat,
+}
+
+
+def _repeated_heads(node: ir.Node) -> ir.Node | NoPath:
+    """The Unsqueeze of Reshape <- Expand <- Unsqueeze(2): each head next to its own copies."""
     assert node.inputs[0] is not None
     expand = node.inputs[0].producer()
     if not is_op(expand, "Expand", domain="") or expand is None or expand.inputs[0] is None:
@@ -202,8 +240,7 @@ def _repeated_heads(node: ir.Node) -> _Values | NoPath:
     for value, reader in ((node.inputs[0], node), (expand.inputs[0], expand)):
         if consumers(value) != [reader]:
             return NoPath(f"{value.name!r} is read by several nodes")
-    assert unsqueeze.inputs[0] is not None
-    return _Values(unsqueeze.inputs[0], unsqueeze, None, has_past=False)
+    return unsqueeze
 
 
 def _value_blocked(value: ir.Value, reader: ir.Node, producer: ir.Node) -> NoPath | None:

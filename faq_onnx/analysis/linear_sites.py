@@ -85,21 +85,25 @@ def _weight(node: ir.Node) -> Constant | None:
 
 def _obstacle(node: ir.Node, weight: Constant) -> str:
     """Why this MatMul or Gemm is no linear site; "" if it is one."""
-    shape = weight.shape
     if constant(node.inputs[0]) is not None:
         return "both operands are constant"
     if weight.tensor.dtype not in FLOAT_TYPES:
         return f"weight type {weight.tensor.dtype.name}, only float32, float16 and bfloat16"
+    if node.op_type == "Gemm":
+        return _gemm_obstacle(node, weight)
+    return _rank_obstacle(node, weight) or _size_obstacle(weight.shape[-2])
+
+
+def _rank_obstacle(node: ir.Node, weight: Constant) -> str:
+    shape = weight.shape
     if len(shape) == 3 and shape[0] != 1:
         return f"a batch of {shape[0]} different weights, MatMulNBits holds one"
     if len(shape) not in (2, 3) or (len(shape) == 3 and weight.transposed):
         return f"weight of rank {len(shape)}, MatMulNBits holds matrices"
-    if node.op_type == "Gemm":
-        return _gemm_obstacle(node, weight)
     rank = dims(node.inputs[0]) if node.inputs[0] is not None else None
     if rank is not None and len(rank) < len(shape):
         return f"input of rank {len(rank)} with a weight of rank {len(shape)}"
-    return _size_obstacle(shape[-2])
+    return ""
 
 
 def _gemm_obstacle(node: ir.Node, weight: Constant) -> str:

@@ -26,7 +26,11 @@ ROLE_NAMES: dict[str, LinearRole] = {
     "fc2": LinearRole.DOWN_PROJ,
     "embed_out": LinearRole.LM_HEAD,
 }
-_SEPARATORS = re.compile(r"[/.:,'\"\[\]\s]+")
+_PACKED: dict[frozenset[LinearRole], LinearRole] = {
+    frozenset((LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.V_PROJ)): LinearRole.QKV_PROJ,
+    frozenset((LinearRole.GATE_PROJ, LinearRole.UP_PROJ)): LinearRole.GATE_UP_PROJ,
+}
+_SEPARATORS = re.compile(r"(?:[/.:,'\"\[\]\s]|__)+")
 _LAYER = re.compile(r"(?:^|[/._'\" ])(?:layers?|h|blocks?)[./_](\d+)(?=$|[/._'\" :,])")
 _SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "pkg.onnxscript.name_scopes", "namespace")
 
@@ -42,11 +46,15 @@ def node_texts(node: ir.Node, weight: str) -> Iterator[str]:
 
 
 def role_from_text(text: str) -> LinearRole | None:
-    """Role named by the last component of a path that is a known name."""
-    for part in reversed(_SEPARATORS.split(text)):
-        if part in ROLE_NAMES:
-            return ROLE_NAMES[part]
-    return None
+    """Role named by the last component of a path that is a known name.
+
+    A text that names q, k and v, or gate and up, belongs to the packed weight of all of them.
+    """
+    roles = [ROLE_NAMES[part] for part in _SEPARATORS.split(text) if part in ROLE_NAMES]
+    for parts, packed in _PACKED.items():
+        if parts <= set(roles):
+            return packed
+    return roles[-1] if roles else None
 
 
 def layer_from_text(text: str) -> int | None:

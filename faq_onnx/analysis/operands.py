@@ -16,7 +16,6 @@ __all__ = [
     "constant",
     "consumers",
     "dims",
-    "find_constant",
     "is_op",
     "small_constant",
 ]
@@ -94,11 +93,6 @@ def constant(value: ir.Value | None) -> Constant | None:
         assert node is not None
         value = node.inputs[0]
     return None
-
-
-def find_constant(model: ir.Model, name: str) -> Constant:
-    """The initializer of that name in the main graph (KeyError if there is none)."""
-    return Constant(model.graph.initializers[name], transposed=False)
 
 
 def small_constant(value: ir.Value | None) -> npt.NDArray[np.generic] | None:

@@ -13,7 +13,15 @@ import onnx_ir as ir
 from faq_onnx.analysis.linear_sites import FoundSite
 from faq_onnx.analysis.operands import constant, consumers, dims, is_op, small_constant
 
-__all__ = ["LinearRows", "NoPath", "SiteIndex", "describe", "root_of", "trace_linear"]
+__all__ = [
+    "LinearRows",
+    "NoPath",
+    "SiteIndex",
+    "describe",
+    "readers_outside",
+    "root_of",
+    "trace_linear",
+]
 
 _VIEWS = ("Cast", "Identity", "Reshape")
 
@@ -58,7 +66,7 @@ def root_of(value: ir.Value) -> ir.Value:
         value = node.inputs[0]
 
 
-def only_reader(value: ir.Value, reader: ir.Node) -> NoPath | None:
+def _only_reader(value: ir.Value, reader: ir.Node) -> NoPath | None:
     """None if `reader` is the only one that sees the numbers of `value`."""
     others = [node for node in consumers(value) if node is not reader]
     if others:
@@ -77,12 +85,15 @@ def trace_linear(value: ir.Value, reader: ir.Node, sites: SiteIndex) -> LinearRo
         sites: Linear sites of the graph.
     """
     start, count = 0, None
+    biases: list[str] = []
     while True:
         found = sites.get(value.name or "")
         if found is not None:
             blocked = _blocked(value, reader)
             if blocked is not None:
                 return blocked
+            if any(bias != found.site.bias for bias in biases):
+                return NoPath(f"{biases[0]!r} is added, but is not the bias of the whole layer")
             total = found.site.out_features
             return LinearRows(found, start, total if count is None else count)
         node = value.producer()
@@ -94,6 +105,8 @@ def trace_linear(value: ir.Value, reader: ir.Node, sites: SiteIndex) -> LinearRo
         step = _step(node, value)
         if isinstance(step, NoPath):
             return step
+        if step.bias is not None:
+            biases.append(step.bias)
         if step.count is not None:
             if count is not None:
                 return NoPath(f"{describe(node)} splits a part of a part")
@@ -106,13 +119,16 @@ class _Step:
     value: ir.Value
     start: int = 0
     count: int | None = None
+    bias: str | None = None
 
 
 def _blocked(value: ir.Value, reader: ir.Node) -> NoPath | None:
-    """As `only_reader`, but sibling Slices of disjoint ranges do not disturb each other."""
+    """As `_only_reader`, but sibling Slices of disjoint ranges do not disturb each other."""
     mine = _slice_range(reader)
     if mine is None:
-        return only_reader(value, reader)
+        return _only_reader(value, reader)
+    if value.is_graph_output():
+        return NoPath(f"{value.name!r} is also a graph output")
     for other in consumers(value):
         theirs = _slice_range(other)
         if other is reader:
@@ -142,7 +158,7 @@ def _bias_step(node: ir.Node) -> _Step | NoPath:
     for operand, other in (node.inputs, reversed(node.inputs)):
         addend = constant(operand)
         if addend is not None and len(addend.shape) == 1 and other is not None:
-            return _Step(other)
+            return _Step(other, bias=addend.name)
     return NoPath(f"{describe(node)} adds something else than a bias")
 
 

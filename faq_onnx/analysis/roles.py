@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from faq_onnx.analysis.groups import FoundGroup
-from faq_onnx.analysis.linear_sites import FoundSite
 from faq_onnx.analysis.operands import consumers, is_op
 from faq_onnx.artifacts.sites import AbsorberKind, GroupRole, LinearRole
 
@@ -103,8 +102,3 @@ def _reaches_output(value: ir.Value) -> bool:
             return False
         value = readers[0].outputs[0]
     return True
-
-
-def unnamed(sites: Sequence[FoundSite]) -> list[FoundSite]:
-    """Sites whose names do not tell their role."""
-    return [found for found in sites if found.site.role is LinearRole.OTHER]
