@@ -179,13 +179,14 @@ def _share(node: ir.Node, site: EmbeddingSite, head: ir.Node) -> None:
     graph = packed.graph
     assert graph is not None
     assert node.graph is not None
+    bits, block_size = (head.attributes[name].as_int() for name in ("bits", "block_size"))
     rows = np.array([site.rows, -1], np.int64)
     shape = add_initializer(graph, f"{site.name}_data_shape", ir.tensor(rows))
     reshape = ir.node("Reshape", [packed, shape], name=f"{site.name}_data")
     reshape.outputs[0].name = f"{site.name}_data_output"
     reshape.outputs[0].dtype = ir.DataType.UINT8
+    reshape.outputs[0].shape = ir.Shape([site.rows, site.width * bits // 8])
     node.graph.insert_before(node, reshape)
-    bits, block_size = (head.attributes[name].as_int() for name in ("bits", "block_size"))
     weight = LowBitInitializers(bits, reshape.outputs[0], scales, next(iter(zero_points), None))
     _rewrite(node, site, weight, block_size)
 
