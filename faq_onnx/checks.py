@@ -19,7 +19,9 @@ from faq_onnx.errors import VerificationError
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
-from faq_onnx.verify import LogitComparison, check_kernels, check_structure
+from faq_onnx.verify.kernels import check_kernels
+from faq_onnx.verify.logits import LogitComparison
+from faq_onnx.verify.structure import check_structure
 
 __all__ = ["compare_to_reference", "fold_error", "judge", "verify_file"]
 

@@ -124,6 +124,16 @@ def test_genai_generates_what_onnxruntime_generates(
     assert check_generation(folder, PROMPT, 12) is True
 
 
+def test_a_symbolic_head_size_comes_from_the_config(package: SourceModel) -> None:
+    model = ir.load(package.onnx_path)
+    for value in model.graph.inputs:
+        if "past" in (value.name or ""):
+            value.shape = ir.Shape(["batch", 2, "past", "kv_cache_dim"])  # as genai's builder
+    ir.save(model, package.onnx_path)
+    decoder = _write(package)["model"]["decoder"]
+    assert (decoder["head_size"], decoder["num_key_value_heads"]) == (16, 2)
+
+
 @needs_genai
 @pytest.mark.slow
 def test_a_package_that_genai_refuses(
