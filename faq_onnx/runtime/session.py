@@ -16,7 +16,7 @@ from faq_onnx.errors import CorruptModelError, ModelError, UnsupportedModelError
 
 __all__ = ["ORT_ERRORS", "RUN_ERRORS", "open_session", "run_error", "run_session"]
 
-ERROR_LEVEL = 3
+FATAL_LEVEL = 4  # errors are raised anyway; onnxruntime would print them in red as well
 INFO_LEVEL = 1
 
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -31,13 +31,17 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
-# ValueError: a missing or unknown feed
-RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError)
+# ValueError: a missing or unknown feed; RuntimeError: what runs with bound inputs raise
+RUN_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, RuntimeError, ValueError)
 _DAMAGED = re.compile(
     r"INVALID_PROTOBUF|NO_SUCHFILE|external data|External data|external_data|out of bounds"
     r"|escapes|cannot be read|ReadExternal|GetExtDataFromTensorProto",
 )
-_TOO_NEW = re.compile(r"IR version|opset \d+ is under development|max supported|Unsupported model")
+# the C++ file, line and signature in front of a message
+_CPP_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\) ?")
+_TOO_NEW = re.compile(
+    r"IR version|opset \d+ is under development|max supported|Unsupported model", re.IGNORECASE
+)
 
 
 def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
@@ -64,7 +68,7 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
         UnsupportedModelError: onnxruntime refuses the graph (opset, IR, operator, attribute).
     """
     options = ort.SessionOptions()
-    options.log_severity_level = INFO_LEVEL if verbose else ERROR_LEVEL
+    options.log_severity_level = INFO_LEVEL if verbose else FATAL_LEVEL
     options.use_deterministic_compute = True
     # weights dominate; the arena would hold on to the peak of activations
     options.enable_cpu_mem_arena = False
@@ -127,6 +131,6 @@ def _load_error(model: Path | bytes, error: Exception) -> ModelError:
 
 
 def _text(error: Exception) -> str:
-    """One line of onnxruntime's message, without its status prefix."""
-    line = " ".join(str(error).split())
+    """One line of onnxruntime's message, without its status prefix and C++ place."""
+    line = _CPP_PLACE.sub("", " ".join(str(error).split()))
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)
