@@ -35,7 +35,9 @@ class CalibrationConfig(_Section):
     """Where calibration tokens come from."""
 
     source: str = "self"
-    """`self` (the model writes its own text), or a .txt file, .jsonl file or folder of .npy/.npz token arrays."""
+    """`self` (the model writes its own text), or a .txt file, .jsonl file or folder of .npy/.npz
+    token arrays.
+    """
     samples: Annotated[int, Field(ge=1)] = 64
     """Number of calibration windows."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
@@ -48,7 +50,9 @@ class ScaleConfig(_Section):
     """The search for channel scales, common to AWQ and FAQ."""
 
     objective: Literal["gram", "module"] = "gram"
-    """What a candidate scale is judged by: the sites' outputs through the Gram matrix, or the output of the attention or MLP module."""
+    """What a candidate scale is judged by: the sites' outputs through the Gram matrix, or the
+    output of the attention or MLP module.
+    """
     grid_points: Annotated[int, Field(ge=1, le=200)] = 20
     """Exponents tried: 0, 1/n, ... (n-1)/n; 0 is the identity and always among them."""
     clip: bool = True
@@ -68,11 +72,15 @@ class FaqConfig(_Section):
     """Weight of the current layer's statistic; 1 gives AWQ exactly."""
     window: Annotated[int, Field(ge=1)] = 3
     """Future layers looked at."""
-    roles: tuple[Literal["attention_input", "attention_output", "mlp_input", "mlp_hidden"], ...] = (
+    roles: tuple[
+        Literal["attention_input", "attention_output", "mlp_input", "mlp_hidden"], ...
+    ] = (
         "attention_input",
         "mlp_input",
     )
-    """Activations whose statistic is fused; the channels of the other two do not line up across layers."""
+    """Activations whose statistic is fused; the channels of the other two do not line up across
+    layers.
+    """
     normalisation: Literal["none", "mean", "max"] = "mean"
     """Each layer's statistic is divided by its own mean or maximum before fusing."""
 
@@ -100,7 +108,9 @@ class QuantizeConfig(_Section):
     lm_head: Literal["keep", "4", "8", "same"] = "8"
     """Bits of the output head: float, 4, 8, or as every other weight."""
     embedding: Literal["auto", "keep", "4", "8", "shared"] = "auto"
-    """Bits of the token embedding; `shared` = one buffer with the head; auto = shared if tied, else keep."""
+    """Bits of the token embedding; `shared` = one buffer with the head; auto = shared if tied,
+    else keep.
+    """
     exclude: tuple[str, ...] = ()
     """Shell patterns of site names that stay float."""
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4

@@ -129,8 +129,9 @@ def _toml_lines(section: BaseModel) -> list[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if not isinstance(value, BaseModel):
+            meaning = " ".join((field.description or "").split())
             # JSON's strings, numbers, booleans and flat arrays are TOML too.
-            lines += [f"# {field.description}", f"{name} = {json.dumps(value)}"]
+            lines += [f"# {meaning}", f"{name} = {json.dumps(value)}"]
     return lines
 
 

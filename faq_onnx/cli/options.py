@@ -222,7 +222,7 @@ def _field(key: str) -> FieldInfo:
 
 
 def _help(field: FieldInfo, *, many: bool) -> str:
-    description = (field.description or "").rstrip(".").replace("%", "%%")
+    description = " ".join((field.description or "").split()).rstrip(".").replace("%", "%%")
     repeated = "; may be repeated" if many else ""
     return f"{description} (default: {_shown(field.default)}){repeated}"
 
