@@ -97,9 +97,7 @@ def _run_worker(
             process.kill()
             raise
         if code != 0:
-            raise ExportError(
-                f"SOURCE {given!r}: the export failed ({_cause(code)}):\n{_tail(log)}"
-            )
+            raise ExportError(f"SOURCE {given!r}: the export failed ({_cause(code)}){_tail(log)}")
 
 
 def _follow(lines: IO[str] | None, advance: Callable[[float], None]) -> None:
@@ -117,6 +115,10 @@ def _cause(code: int) -> str:
 
 
 def _tail(log: IO[str]) -> str:
+    """What went wrong (the last line of a traceback), and the lines that led to it."""
     log.seek(0)
     lines = [line.rstrip() for line in log if line.strip()]
-    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+    if not lines:
+        return ", and it said nothing"
+    context = "".join(f"\n  | {line}" for line in lines[-_LOG_LINES:-1])
+    return f": {lines[-1].strip()}{context}"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from faq_onnx.artifacts.source import SourceModel
-from faq_onnx.errors import ExportError
+from faq_onnx.errors import CorruptModelError, ExportError
 from faq_onnx.export.checkpoint import export_checkpoint
 from faq_onnx.export.ready import accept_file, accept_folder, find_onnx_files
 from faq_onnx.progress import Progress
@@ -15,6 +15,7 @@ __all__ = ["resolve_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_GGUF_MAGIC = b"GGUF"
 _ACCEPTED = (
     "an .onnx file, a folder holding one, a Hugging Face folder (config.json with .safetensors "
     "or .bin weights), a .gguf file, or a hub id such as owner/name"
@@ -35,7 +36,7 @@ def resolve_source(source: str, work: Path, progress: Progress) -> SourceModel:
     Raises:
         ExportError: Nothing of that name, nothing usable in it, or the export failed.
         UnsupportedModelError: A folder of several ONNX files without a clear choice.
-        CorruptModelError: An ONNX file that is empty or a Git LFS pointer.
+        CorruptModelError: An ONNX or GGUF file that is empty or a Git LFS pointer.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -68,6 +69,7 @@ def _resolve_file(given: str, path: Path, work: Path, progress: Progress) -> Sou
     if suffix == ".onnx":
         return accept_file(given, path)
     if suffix == ".gguf":
+        _check_gguf(path)
         return export_checkpoint(given, str(path), work / "export", progress)
     hint = (
         f" (did you mean its folder {str(path.parent)!r}?)" if suffix in _WEIGHT_SUFFIXES else ""
@@ -75,6 +77,16 @@ def _resolve_file(given: str, path: Path, work: Path, progress: Progress) -> Sou
     raise ExportError(
         f"SOURCE {given!r}: cannot read a {suffix!r} file{hint}; SOURCE is {_ACCEPTED}"
     )
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(len(_GGUF_MAGIC))
+    if head != _GGUF_MAGIC:
+        raise CorruptModelError(
+            f"{path}: begins with {head!r}, not with {_GGUF_MAGIC!r}; it is no GGUF file, or a "
+            f"Git LFS pointer in its place"
+        )
 
 
 def _is_hub_id(source: str, path: Path) -> bool:

@@ -87,3 +87,9 @@ def test_an_empty_folder_and_a_strange_file(tmp_path: Path) -> None:
     weights = _write(tmp_path / "m" / "model.safetensors")
     with pytest.raises(ExportError, match="did you mean its folder"):
         resolve_source(str(weights), tmp_path, SILENT)
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    model = _write(tmp_path / "model.gguf", b"<html>")
+    with pytest.raises(CorruptModelError, match="it is no GGUF file"):
+        resolve_source(str(model), tmp_path, SILENT)
