@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from faq_onnx.progress import Advance
 from faq_onnx.report.tables import format_duration
@@ -31,35 +34,60 @@ def make_progress(stream: TextIO) -> RichProgress | LineProgress:
     return RichProgress(stream) if stream.isatty() else LineProgress(stream)
 
 
+class _StepsColumn(ProgressColumn):
+    """Steps done, of how many, in the stage's unit."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing where the number of steps is unknown."""
+        if task.total is None:
+            return Text("")
+        done = _amount(min(task.completed, task.total))
+        return Text(f"{done}/{_amount(task.total)} {task.fields['unit']}")
+
+
 class RichProgress:
     """One live bar for each open stage, with elapsed and remaining time."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream)
+        self._bars: Progress | None = None
 
     @contextmanager
     def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
-        """Show a bar until the stage ends; an unknown total is given as 0."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        shown = columns if total > 0 else (columns[0], columns[1], columns[5])
+        """Show a bar until the stage ends; `total` 0 means that the number of steps is unknown."""
         started = time.monotonic()
-        with Progress(*shown, console=self._console, transient=True) as bars:
+        with self._shown() as bars:
             task = bars.add_task(title, total=total or None, unit=unit)
             yield lambda steps: bars.advance(task, steps)
+            bars.remove_task(task)
         self.note(f"{title}: done in {format_duration(time.monotonic() - started)}")
 
     def note(self, text: str) -> None:
         """Print one line above the bars."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _shown(self) -> Iterator[Progress]:
+        """The bars; a stage inside a stage gets a line in the display that is there."""
+        if self._bars is not None:
+            yield self._bars
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            _StepsColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            self._bars = bars
+            try:
+                yield bars
+            finally:
+                self._bars = None
 
 
 class LineProgress:
@@ -95,8 +123,8 @@ class LineProgress:
         self._stream.flush()
 
 
-def _amount(total: float) -> str:
-    return f"{total:.0f}" if total >= 10 or total == int(total) else f"{total:.2g}"
+def _amount(steps: float) -> str:
+    return f"{steps:.0f}" if steps >= 10 or steps == int(steps) else f"{steps:.2g}"
 
 
 def _line(title: str, share: float, elapsed_s: float) -> str:

@@ -57,3 +57,31 @@ def test_failed_stage_is_not_done(make: type[LineProgress | RichProgress]) -> No
     with pytest.raises(ValueError, match="full"), make(stream).stage("write", 2, "files"):
         raise ValueError("full")
     assert "done" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("make", [LineProgress, RichProgress])
+def test_stage_inside_a_stage(make: type[LineProgress | RichProgress]) -> None:
+    stream = io.StringIO()
+    progress = make(stream)
+    with progress.stage("outer", 2, "layers") as outer:
+        with progress.stage("inner", 0, "") as inner:
+            inner(1)
+        outer(2)
+    lines = stream.getvalue()
+    assert lines.index("inner: done in") < lines.index("outer: done in")
+
+
+def test_bar_on_a_terminal_shows_steps_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    progress = make_progress(stream)
+    assert isinstance(progress, RichProgress)
+    with progress.stage("calibrate", 4, "layers") as advance:
+        advance(4)
+    assert "0/4 layers" in stream.getvalue()
+    assert "left" in stream.getvalue()
