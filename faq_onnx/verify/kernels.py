@@ -8,6 +8,7 @@ of the weights, ten thousand times the tolerance.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +54,21 @@ def check_kernels(path: Path, *, progress: Progress = SILENT) -> KernelCheck:
     """
     model = load_model(path)
     nodes = list(low_bit_nodes(model))
-    worst, worst_node = 0.0, ""
+    worst, worst_node = -1.0, ""
     with progress.stage("Checking kernels", len(nodes), "nodes") as advance:
         for node in nodes:
             step = max(1, PIECE_ELEMENTS // max(1, node.spec.in_features))
             for start in range(0, node.rows, step):
                 ratio = _ratio(node, slice(start, min(start + step, node.rows)))
-                # "not <=" also catches NaN
-                if not ratio <= worst:
+                if ratio > worst:
                     worst, worst_node = ratio, node.name
             node.release()
             advance(1)
-    return KernelCheck(nodes=len(nodes), worst=worst, worst_node=worst_node)
+    return KernelCheck(nodes=len(nodes), worst=max(worst, 0.0), worst_node=worst_node)
 
 
 def _ratio(node: LowBitNode, rows: slice) -> float:
-    """Largest error over tolerance in some rows of a node."""
+    """Largest error over tolerance in some rows of a node; infinite where NaN comes out."""
     spec = dataclasses.replace(node.spec, accuracy_level=0, scale_dtype="float32")
     packed, scales, stored = node.packed(rows), node.scales(rows), node.zero_points(rows)
     if stored is not None and stored.dtype != np.uint8:
@@ -85,7 +85,8 @@ def _ratio(node: LowBitNode, rows: slice) -> float:
         kernel = run_session(session, {"A": signs})["Y"].astype(np.float64)
     exact, bound = _reference(node, blocks, scales, stored, signs)
     tolerance = (spec.in_features + EXTRA_ROUNDINGS) * UNIT_ROUNDOFF * bound
-    return float((np.abs(kernel - exact) / np.maximum(tolerance, TINY)).max())
+    ratio = float((np.abs(kernel - exact) / np.maximum(tolerance, TINY)).max())
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def _reference(

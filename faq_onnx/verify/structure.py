@@ -36,11 +36,11 @@ def check_structure(path: Path) -> StructureCheck:
 
     Raises:
         VerificationError: The onnx checker refuses it.
-        ModelError: It does not load.
+        ModelError: It is damaged or does not load.
     """
+    model = load_model(path)
     _run_checker(path)
     open_session(path)
-    model = load_model(path)
     nodes = [node for node in low_bit_nodes(model) if node.op_type == MATMUL]
     slow = {spec: is_slow(spec) for spec in dict.fromkeys(node.spec for node in nodes)}
     return StructureCheck(
