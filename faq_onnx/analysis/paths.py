@@ -84,34 +84,33 @@ def trace_linear(value: ir.Value, reader: ir.Node, sites: SiteIndex) -> LinearRo
         reader: The node that reads it: any other reader on the way ends the walk.
         sites: Linear sites of the graph.
     """
-    start, count = 0, None
-    biases: list[str] = []
+    steps: list[_Step] = []
     while True:
-        found = sites.get(value.name or "")
-        if found is not None:
-            blocked = _blocked(value, reader)
-            if blocked is not None:
-                return blocked
-            if any(bias != found.site.bias for bias in biases):
-                return NoPath(f"{biases[0]!r} is added, but is not the bias of the whole layer")
-            total = found.site.out_features
-            return LinearRows(found, start, total if count is None else count)
-        node = value.producer()
-        if node is None:
-            return NoPath(f"{value.name!r} comes from {describe(None)}, not from a linear layer")
         blocked = _blocked(value, reader)
         if blocked is not None:
             return blocked
+        found = sites.get(value.name or "")
+        if found is not None:
+            return _rows(found, steps)
+        node = value.producer()
+        if node is None:
+            return NoPath(f"{value.name!r} comes from {describe(None)}, not from a linear layer")
         step = _step(node, value)
         if isinstance(step, NoPath):
             return step
-        if step.bias is not None:
-            biases.append(step.bias)
-        if step.count is not None:
-            if count is not None:
-                return NoPath(f"{describe(node)} splits a part of a part")
-            start, count = step.start, step.count
+        steps.append(step)
         value, reader = step.value, node
+
+
+def _rows(found: FoundSite, steps: Sequence[_Step]) -> LinearRows | NoPath:
+    biases = [step.bias for step in steps if step.bias is not None]
+    if any(bias != found.site.bias for bias in biases):
+        return NoPath(f"{biases[0]!r} is added, but is not the bias of the whole layer")
+    parts = [(step.start, step.count) for step in steps if step.count is not None]
+    if len(parts) > 1:
+        return NoPath(f"a part of a part of what {found.site.name!r} computes")
+    start, count = parts[0] if parts else (0, found.site.out_features)
+    return LinearRows(found, start, count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,7 @@ def load_model(path: Path) -> ir.Model:
         raise CorruptModelError(
             f"{path}: the graph is inconsistent ({_root_cause(error)}); export the model again"
         ) from error
+    _check_edges(model, path)
     files = ExternalFiles(path)
     for slot in tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
@@ -163,6 +164,19 @@ def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
             f"{path} has sparse initializers (first: {name!r}), which are not supported; "
             "export it with dense weights"
         )
+
+
+def _check_edges(model: ir.Model, path: Path) -> None:
+    for graph in model.graphs():
+        for node in graph:
+            for value in node.inputs:
+                if value is None or value.producer() is not None or value.is_initializer():
+                    continue
+                if not value.is_graph_input():
+                    raise CorruptModelError(
+                        f"{path}: node {node.name!r} ({node.op_type}) reads {value.name!r}, which "
+                        "nothing produces; the graph is damaged: export the model again"
+                    )
 
 
 def _check_inline(slot: TensorSlot, path: Path) -> None:
