@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def _head(
 
 def _vocabulary_table(b: _Builder) -> npt.NDArray[np.float64]:
     """[V, hidden], scaled so that as a head it gives peaked, but not one-hot, predictions."""
-    return b.random(b.spec.vocabulary, b.spec.hidden) * (LOGIT_GAIN * OUTLIER_GAIN**-0.5)
+    return b.random(b.spec.vocabulary, b.spec.hidden) * (LOGIT_GAIN / math.sqrt(OUTLIER_GAIN))
 
 
 def _causal_bias(b: _Builder, ids: ir.Value, mask: ir.Value) -> ir.Value:

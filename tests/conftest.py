@@ -1,9 +1,20 @@
-"""What all tests share."""
+"""Options and fixtures that all tests share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 import pytest
+
+from faq_onnx.artifacts.plan import GroupPlan, QuantPlan, ScaleApplication
+from faq_onnx.artifacts.sites import ModelCensus
+from faq_onnx.passes import FoldScalesPass
+
+Scales = dict[str, npt.NDArray[np.float32]]
+MakeScales = Callable[[ModelCensus, bool], Scales]
+MakeFold = Callable[[ModelCensus, Scales, ScaleApplication], FoldScalesPass]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,3 +31,48 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def make_scales(rng: np.random.Generator) -> MakeScales:
+    """Random scales [K] by group, one per shared row; powers of two if asked for."""
+
+    def make(census: ModelCensus, powers_of_two: bool) -> Scales:
+        scales: Scales = {}
+        for group in census.groups:
+            exponents = rng.normal(scale=1.5, size=group.in_features)
+            exponents = exponents.round() if powers_of_two else exponents
+            repeats = group.absorber.repeats if group.absorber is not None else 1
+            if repeats > 1:
+                assert group.absorber is not None
+                heads = exponents.reshape(-1, repeats, group.absorber.head_dim or 1)
+                exponents = np.repeat(heads[:, :1], repeats, axis=1).ravel()
+            scales[group.name] = np.exp2(exponents).astype(np.float32)
+        return scales
+
+    return make
+
+
+@pytest.fixture
+def make_fold() -> MakeFold:
+    """A pass that scales every group that can be."""
+
+    def make(census: ModelCensus, scales: Scales, application: ScaleApplication) -> FoldScalesPass:
+        groups = tuple(
+            GroupPlan(
+                group=group.name,
+                application=application if group.scalable else ScaleApplication.NONE,
+            )
+            for group in census.groups
+            if group.name in scales
+        )
+        plan = QuantPlan(
+            census_fingerprint=census.fingerprint(),
+            method="awq",
+            sites=(),
+            groups=groups,
+            embeddings=(),
+        )
+        return FoldScalesPass(census, plan, scales)
+
+    return make
