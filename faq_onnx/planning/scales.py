@@ -34,6 +34,9 @@ __all__ = ["GroupChoice", "ScalePlanner", "scaled_groups"]
 Array = npt.NDArray[np.float32]
 
 SEARCH_THREADS = 2  # one rounds while the other multiplies; more only cost memory
+# Output channels that stand for a site while exponents are compared: candidates are judged on the
+# same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
+SEARCH_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,31 +141,55 @@ class ScalePlanner:
         gram = self.stats.gram(group.name)
         sites = [self.census.site(name) for name in group.sites]
         weights = [(self.read_weight(s), f) for s in sites if (f := self.formats[s.name])]
-
-        def loss(exponent: float) -> float:
-            return _group_loss(weights, gram, awq_scale(statistic, exponent))
-
-        candidates = exponents(self.config.scale.grid_points)
-        with ThreadPoolExecutor(SEARCH_THREADS) as pool:
-            losses = list(pool.map(loss, candidates))
-        best = int(np.argmin(losses))
-        if best == 0:
+        exponent, identity, best = _search(
+            weights, gram, statistic, exponents(self.config.scale.grid_points)
+        )
+        if exponent == 0:
             application = ScaleApplication.NONE
         plan = GroupPlan(
             group=group.name,
             application=application,
-            exponent=candidates[best],
-            loss_identity=losses[0],
-            loss=losses[best],
+            exponent=exponent,
+            loss_identity=identity,
+            loss=best,
         )
-        scale = awq_scale(statistic, candidates[best]) if best else None
-        return GroupChoice(plan, scale)
+        return GroupChoice(plan, awq_scale(statistic, exponent) if exponent else None)
 
     def _cost(self, group: ScaleGroup, application: ScaleApplication) -> float:
         if application is ScaleApplication.NONE:
             return 0.0
         outputs = sum(self.census.site(name).out_features for name in group.sites)
         return outputs * group.in_features**2 / 1e9
+
+
+def _search(
+    weights: Sequence[tuple[Array, BlockFormat]],
+    gram: Array,
+    statistic: Array,
+    candidates: Sequence[float],
+) -> tuple[float, float, float]:
+    """The best exponent, the loss of the identity and the loss of the best, over all rows."""
+    sample = [(_spread_rows(weight), fmt) for weight, fmt in weights]
+
+    def loss(exponent: float) -> float:
+        return _group_loss(sample, gram, awq_scale(statistic, exponent))
+
+    with ThreadPoolExecutor(SEARCH_THREADS) as pool:
+        losses = list(pool.map(loss, candidates))
+    exponent = candidates[int(np.argmin(losses))]
+    identity = _group_loss(weights, gram, np.ones_like(statistic))
+    if exponent == 0:
+        return 0.0, identity, identity
+    best = _group_loss(weights, gram, awq_scale(statistic, exponent))
+    return (exponent, identity, best) if best < identity else (0.0, identity, identity)
+
+
+def _spread_rows(weight: Array) -> Array:
+    """At most SEARCH_ROWS rows, evenly spaced."""
+    if len(weight) <= SEARCH_ROWS:
+        return weight
+    picked = np.linspace(0, len(weight) - 1, SEARCH_ROWS).round().astype(np.intp)
+    return np.ascontiguousarray(weight[picked])
 
 
 def _group_loss(
