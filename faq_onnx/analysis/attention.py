@@ -15,10 +15,11 @@ from faq_onnx.analysis.operands import consumers, dims, is_op, small_constant
 from faq_onnx.analysis.paths import LinearRows, NoPath, SiteIndex, describe, root_of, trace_linear
 from faq_onnx.artifacts.sites import Absorber, AbsorberKind
 
-__all__ = ["attention_absorber"]
+__all__ = ["ATTENTION_PRODUCERS", "attention_absorber"]
 
 _HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 _PAST_VALUE = {"GroupQueryAttention": 4, "Attention": 5, "MultiHeadAttention": 7}
+ATTENTION_PRODUCERS = ("Transpose", "MatMul", *_PAST_VALUE)  # what can make o_proj's input
 _PROBABILITY_STEPS = ("Cast", "Identity", "Where", "Dropout")
 
 
@@ -62,7 +63,7 @@ def attention_absorber(
         return _decomposed(node, in_features, sites, config_head_dim)
     if is_op(node, *_PAST_VALUE):
         return _fused(node, in_features, sites, config_head_dim)
-    return NoPath(f"{describe(node)} makes {root.name!r}: neither attention nor a gated product")
+    return NoPath(f"{describe(node)} makes {root.name!r}, which is no attention")
 
 
 def _decomposed(

@@ -28,9 +28,23 @@ def canonicalise(model: ir.Model) -> ir.Model:
     common.LiftConstantsToInitializersPass(size_limit=_MIN_LIFTED_ELEMENTS)(model)
     if sum(1 for _ in model.graphs()) > 1:
         common.NameFixPass()(model)
+        _separate_branches(model)
         common.LiftSubgraphInitializersToMainGraphPass()(model)
     _unshare_vectors(model)
     return model
+
+
+def _separate_branches(model: ir.Model) -> None:
+    """The two bodies of an If may use the same names; a site is found by its output's name."""
+    taken: set[str | None] = set()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            name, number = value.name, 0
+            while value.name in taken:
+                number += 1
+                value.name = f"{name}_{number}"
+            if value.name:
+                taken.add(value.name)
 
 
 def _unshare_vectors(model: ir.Model) -> None:

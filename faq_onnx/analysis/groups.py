@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faq_onnx.analysis.attention import attention_absorber
+from faq_onnx.analysis.attention import ATTENTION_PRODUCERS, attention_absorber
 from faq_onnx.analysis.linear_sites import FoundSite
 from faq_onnx.analysis.norms import norm_absorber
 from faq_onnx.analysis.operands import consumers, is_op
@@ -88,16 +88,13 @@ def _examine(
     if blocked is not None:
         return FoundGroup(tuple(members), root, None, blocked.reason, scalable=True)
     in_features = members[0].site.in_features
-    via_attention = False
-    result = _gated_absorber(root, in_features, index)
-    if isinstance(result, NoPath):
-        gated = result
+    via_attention = is_op(root.producer(), *ATTENTION_PRODUCERS)
+    if via_attention:
+        result = attention_absorber(root, in_features, index, config_head_dim)
+    else:
         result = norm_absorber(root, in_features)
-        if isinstance(result, NoPath) and is_op(root.producer(), "Mul", domain=""):
-            result = gated
-        elif isinstance(result, NoPath):
-            result = attention_absorber(root, in_features, index, config_head_dim)
-            via_attention = isinstance(result, Absorber)
+    if isinstance(result, NoPath) and is_op(root.producer(), "Mul", domain=""):
+        result = _gated_absorber(root, in_features, index)
     if isinstance(result, Absorber):
         result = _refuse_shared(result, index)
     if isinstance(result, NoPath):
@@ -108,8 +105,7 @@ def _examine(
 def _gated_absorber(root: ir.Value, in_features: int, index: SiteIndex) -> Absorber | NoPath:
     """down_proj reads act(gate) * up: the rows of up take the inverse scale."""
     node = root.producer()
-    if not is_op(node, "Mul", domain="") or node is None:
-        return NoPath("not a product")
+    assert node is not None
     reasons = []
     for operand in reversed(node.inputs):
         if operand is None:

@@ -12,16 +12,13 @@ from faq_onnx.artifacts.sites import LinearRole
 __all__ = ["layer_from_text", "node_texts", "role_from_text"]
 
 # Last component of a module path -> role. Names that mean different things in different
-# families (c_proj, dense) are left to the topology.
+# families (c_proj, dense, w1) are left to the topology.
 ROLE_NAMES: dict[str, LinearRole] = {
     **{role.value: role for role in LinearRole if role is not LinearRole.OTHER},
     "Wqkv": LinearRole.QKV_PROJ,
     "c_attn": LinearRole.QKV_PROJ,
     "query_key_value": LinearRole.QKV_PROJ,
     "out_proj": LinearRole.O_PROJ,
-    "w1": LinearRole.GATE_PROJ,
-    "w3": LinearRole.UP_PROJ,
-    "w2": LinearRole.DOWN_PROJ,
     "fc1": LinearRole.UP_PROJ,
     "fc2": LinearRole.DOWN_PROJ,
     "embed_out": LinearRole.LM_HEAD,

@@ -48,7 +48,7 @@ def describe(node: ir.Node | None) -> str:
     """A node as messages name it."""
     if node is None:
         return "a graph input or constant"
-    return f"{node.op_type} {node.name!r}" if node.name else f"an unnamed {node.op_type}"
+    return f"{node.op_type} {(node.name or node.outputs[0].name)!r}"
 
 
 def root_of(value: ir.Value) -> ir.Value:
