@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from faq_onnx.errors import NonFiniteError, UnsupportedModelError
-from faq_onnx.runtime.feeds import cache_position, describe_inputs
+from faq_onnx.runtime.feeds import CacheSlot, cache_position, describe_inputs
 from faq_onnx.runtime.session import RUN_ERRORS, run_error
 
 __all__ = ["DecoderRun", "Sampling", "generate_greedy", "sample_tokens"]
@@ -25,6 +25,7 @@ Logits = npt.NDArray[np.float32]
 
 LOGITS = "logits"
 CPU = "cpu"
+ORT_TYPES = {np.dtype(np.float32): "tensor(float)", np.dtype(np.float16): "tensor(float16)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class DecoderRun:
         feeds = self._inputs.plain_feeds(input_ids, past_length)
         if self._cache:
             for slot, value in zip(self._inputs.cache, self._cache, strict=True):
-                binding.bind_ortvalue_input(slot.name, value)
+                binding.bind_ortvalue_input(slot.name, _as_declared(value, slot))
         else:
             feeds |= {slot.name: slot.empty(len(input_ids)) for slot in self._inputs.cache}
         for name, array in feeds.items():
@@ -195,3 +196,11 @@ def sample_tokens(  # noqa: PLR0913  the last two have defaults
         ids = text[:, position : position + 1]
         on_step(batch)
     return text
+
+
+def _as_declared(value: ort.OrtValue, slot: CacheSlot) -> ort.OrtValue:
+    """A present value in the element type of the past input; float16 exports may differ."""
+    array_type = ORT_TYPES[np.dtype(slot.dtype)]
+    if value.data_type() == array_type:
+        return value
+    return ort.OrtValue.ortvalue_from_numpy(value.numpy().astype(slot.dtype))

@@ -13,6 +13,9 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from faq_onnx.errors import CorruptModelError, ModelError, UnsupportedModelError
+from faq_onnx.graph.io import load_model
+from faq_onnx.runtime.cache_width import named_cache_widths, parse_model
+from faq_onnx.runtime.feeds import cache_position
 
 __all__ = ["ORT_ERRORS", "RUN_ERRORS", "open_session", "run_error", "run_session"]
 
@@ -80,11 +83,27 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
+    session = _open(model, options)
+    if any(_has_named_width(value) for value in session.get_inputs()):
+        parsed = load_model(model) if isinstance(model, Path) else parse_model(model)
+        for name, width in named_cache_widths(parsed).items():
+            options.add_free_dimension_override_by_name(name, width)
+        session = _open(model, options)
+    return session
+
+
+def _open(model: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
     source: str | bytes = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except ORT_ERRORS as error:
         raise _load_error(model, error) from error
+
+
+def _has_named_width(value: ort.NodeArg) -> bool:
+    """A cache input whose head width is only a name."""
+    shape = value.shape
+    return cache_position(value.name) is not None and len(shape) == 4 and isinstance(shape[3], str)
 
 
 def run_session(
