@@ -89,7 +89,8 @@ def verify_file(
 def judge(report: VerificationReport, config: QuantizeConfig, *, force: bool) -> tuple[str, ...]:
     """Raise what makes a result unacceptable; with `force` say it in notes instead.
 
-    Kernels that do not compute what was packed, and logits that are not finite, are never accepted.
+    Kernels that do not compute what was packed, and logits that are not finite, are never
+    accepted.
 
     Raises:
         VerificationError: Names what is wrong, where, and the way out.

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
+
 from faq_onnx import __version__, checks, stages
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
@@ -102,7 +104,7 @@ def convert(  # noqa: PLR0913 - the public entry point
         stats, reference = _calibrate(run, opened, windows)
         with run.timed("plan"):
             planned = make_plan(opened.census, config, stats, opened.read, progress)
-        return _apply(run, opened, planned, stats, reference, out.path, force=force)
+        return _apply(run, opened, planned, stats, reference, folder=out.path, force=force)
 
 
 def inspect(source: str, *, progress: Progress = SILENT) -> ModelCensus:
@@ -126,9 +128,7 @@ def preview(
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
-def export(
-    source: str, output: Path, *, progress: Progress = SILENT, force: bool = False
-) -> Path:
+def export(source: str, output: Path, *, progress: Progress = SILENT, force: bool = False) -> Path:
     """Export a checkpoint to an ONNX folder; returns the folder."""
     with OutputFolder(output, None, force) as out, _work_folder(None) as work:
         resolved = resolve_source(source, work, progress)
@@ -197,7 +197,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
         with run.timed("reference"):
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
         collected = _open_stats(stats, opened)
-        return _apply(run, opened, planned, collected, reference, out.path, force=force)
+        return _apply(run, opened, planned, collected, reference, folder=out.path, force=force)
 
 
 def verify(
@@ -277,8 +277,8 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
     planned: PlannedModel,
     stats: CalibrationStats | None,
     reference: ReferenceLogits,
-    folder: Path,
     *,
+    folder: Path,
     force: bool,
 ) -> RunReport:
     source_bytes = _source_bytes(opened)
@@ -309,7 +309,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         )
         for line in notes:
             run.progress.note(line)
-    return _report(run, opened, planned, report, folder, (source_bytes, size))
+    return _report(run, opened, planned, report, folder=folder, sizes=(source_bytes, size))
 
 
 def _fold(
@@ -336,6 +336,7 @@ def _report(  # noqa: PLR0913 - one argument per source of a field
     opened: stages.OpenedModel,
     planned: PlannedModel,
     verification: VerificationReport,
+    *,
     folder: Path,
     sizes: tuple[int, int],
 ) -> RunReport:
@@ -380,7 +381,7 @@ def _source_bytes(opened: stages.OpenedModel) -> int:
         Path(value.const_value.path).resolve()
         for graph in opened.model.graphs()
         for value in graph.initializers.values()
-        if hasattr(value.const_value, "path")
+        if isinstance(value.const_value, ir.ExternalTensor)
     }
     external.discard(path.resolve())
     return inline + sum(file.stat().st_size for file in external)

@@ -34,7 +34,7 @@ from faq_onnx.passes import (
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.progress import Progress
 from faq_onnx.quant.objective import scale_gram
-from faq_onnx.quant.site import quantize_weight, rtn_codes
+from faq_onnx.quant.site import quantize_weight, rtn_digest
 from faq_onnx.quant.uniform import quantize_rtn
 
 __all__ = [
@@ -80,8 +80,7 @@ class OpenedModel:
 
     def read(self, site: LinearSite) -> npt.NDArray[np.float32]:
         """The weight of a site as the graph holds it now, float32 [N, K]."""
-        weight = read_weight(self.model, site)
-        return weight
+        return read_weight(self.model, site)
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
@@ -111,8 +110,8 @@ def rtn_marks(opened: OpenedModel, planned: PlannedModel) -> dict[str, str]:
     for plan in planned.plan.sites:
         if plan.format is not None:
             site = opened.census.site(plan.site)
-            codes = rtn_codes(opened.read(site), plan.format, _scale_dtype(site.dtype))
-            marks[plan.site] = hashlib.sha256(codes).hexdigest()
+            dtype = _scale_dtype(site.dtype)
+            marks[plan.site] = rtn_digest(opened.read(site), plan.format, dtype)
     release_weights(opened.model)
     return marks
 
@@ -122,7 +121,7 @@ def fold(opened: OpenedModel, planned: PlannedModel) -> None:
     run_passes(opened.model, [FoldScalesPass(opened.census, planned.plan, planned.scales)])
 
 
-def quantize(  # noqa: PLR0913 - the stage joins the artifacts of all stages before it
+def quantize(  # noqa: PLR0913, PLR0917 - the stage joins the artifacts of all stages before it
     opened: OpenedModel,
     planned: PlannedModel,
     stats: CalibrationStats | None,
@@ -173,7 +172,7 @@ def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) ->
     )
 
 
-def _quantize_site(  # noqa: PLR0913 - see `quantize`
+def _quantize_site(  # noqa: PLR0913, PLR0917 - see `quantize`
     opened: OpenedModel,
     site: LinearSite,
     plan: SitePlan,
@@ -190,13 +189,11 @@ def _quantize_site(  # noqa: PLR0913 - see `quantize`
         scale_dtype=_scale_dtype(site.dtype),
     )
     store.put(site.name, result.weight)
-    same = hashlib.sha256(result.codes.tobytes()).hexdigest() == marks.get(site.name)
+    same = result.codes_digest == marks.get(site.name)
     return SiteError(site=site.name, sqnr_db=round(result.sqnr_db, 3), equals_rtn=same)
 
 
-def _quantize_embeddings(
-    opened: OpenedModel, planned: PlannedModel, store: WeightStore
-) -> None:
+def _quantize_embeddings(opened: OpenedModel, planned: PlannedModel, store: WeightStore) -> None:
     tables = {table.name: table for table in opened.census.embeddings}
     for plan in planned.plan.embeddings:
         if plan.format is None or plan.shared_with is not None:

@@ -112,7 +112,9 @@ def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
     if existing is not None:
         return existing
     tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64))
+    value = ir.Value(
+        name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64)
+    )
     value.const_value = tensor
     graph.register_initializer(value)
     return value

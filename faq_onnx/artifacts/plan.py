@@ -6,7 +6,14 @@ from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
 
-__all__ = ["BlockFormat", "EmbeddingPlan", "GroupPlan", "QuantPlan", "ScaleApplication", "SitePlan"]
+__all__ = [
+    "BlockFormat",
+    "EmbeddingPlan",
+    "GroupPlan",
+    "QuantPlan",
+    "ScaleApplication",
+    "SitePlan",
+]
 
 
 class BlockFormat(Record):

@@ -62,7 +62,10 @@ class CalibrationStats:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            msg = f"{folder} holds no statistics ({MANIFEST_NAME} is missing); make them with `faq-onnx calibrate`"
+            msg = (
+                f"{folder} holds no statistics ({MANIFEST_NAME} is missing); "
+                "make them with `faq-onnx calibrate`"
+            )
             raise StatsMismatchError(msg)
         manifest = StatsManifest.load(path)
         if manifest.census_fingerprint != census_fingerprint:

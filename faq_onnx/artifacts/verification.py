@@ -57,7 +57,7 @@ class LogitMetrics(Record):
 class SiteError(Record):
     """Output error of one site on calibration data, through the Gram matrix.
 
-    `sqnr_db` is 10 log10(E|y|^2 / E|y - y_q|^2); weight-only (no Gram) for RTN without calibration.
+    `sqnr_db` is 10 log10(E|y|^2 / E|y - y_q|^2); of weights (no Gram) for RTN without calibration.
     """
 
     site: str

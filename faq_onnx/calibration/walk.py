@@ -82,7 +82,7 @@ class ReferenceLogits:
 
     def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
         """Yield (ids [1, length], logits [1, length, vocabulary]) window by window."""
-        session = open_session(self.model_path)
+        session = open_session(self.model_path, prepack=False)
         for row in range(len(self.windows)):
             ids = self.windows[row : row + 1]
             feeds = _feeds(session, ids, self._stored(row))
@@ -184,34 +184,24 @@ class LayerWalk:
             if is_last and not batch.collect:
                 continue
             stored = {
-                name: self._store.get(name, _key(name in part.varying, batch.name, batch.ids.shape))
+                name: self._store.get(
+                    name, _key(name in part.varying, batch.name, batch.ids.shape)
+                )
                 for name in part.inputs
             }
-            self._run_batch(session, part, batch, stored, crossing, sums)
+            feeds = _feeds(session, batch.ids, stored)
+            names = [*crossing, *(sums.outputs if batch.collect else ())]
+            results = dict(zip(names, session.run(names, feeds), strict=True))
+            for name in crossing:
+                key = _key(name in part.varying, batch.name, batch.ids.shape)
+                self._store.put(name, key, results[name])
+            if batch.collect:
+                sums.add(results, batch.ids.size)
         self._drop_dead(part)
         if not wanted:
             return None
         sums.check_finite(part.index)
         return PartSums(part.index, sums.tokens, sums.sum_abs, sums.gram)
-
-    def _run_batch(
-        self,
-        session: ort.InferenceSession,
-        part: Part,
-        batch: _Batch,
-        stored: Mapping[str, npt.NDArray[np.generic]],
-        crossing: Sequence[str],
-        sums: _Sums,
-    ) -> None:
-        names = [*crossing, *(sums.outputs if batch.collect else ())]
-        results = dict(
-            zip(names, session.run(names, _feeds(session, batch.ids, stored)), strict=True)
-        )
-        for name in crossing:
-            key = _key(name in part.varying, batch.name, batch.ids.shape)
-            self._store.put(name, key, results[name])
-        if batch.collect:
-            sums.add(results, batch.ids.size)
 
     def _open_part(
         self, part: Part, crossing: Sequence[str], wanted: tuple[ActivationRequest, ...]
@@ -219,7 +209,9 @@ class LayerWalk:
         outputs = list(dict.fromkeys([*crossing, *(request.value for request in wanted)]))
         model = extract_part(self.model, self._types(part.inputs), outputs)
         InsertActivationStatsPass(wanted)(model)
-        extra = [value for value in model.graph.outputs if value.name in set(outputs) - set(crossing)]
+        extra = [
+            value for value in model.graph.outputs if value.name in set(outputs) - set(crossing)
+        ]
         for value in extra:
             model.graph.outputs.remove(value)
         path = self.folder / "part.onnx"
@@ -305,9 +297,7 @@ class _Sums:
                 raise NonFiniteError(msg)
 
 
-def _batches(
-    windows: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]
-) -> list[_Batch]:
+def _batches(windows: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> list[_Batch]:
     """Calibration windows several at a time, held-out ones singly."""
     if windows.size == 0 and held_out.size == 0:
         msg = "no token windows to run the model on"
@@ -338,6 +328,6 @@ def _feeds(
     return feeds
 
 
-def _key(varying: bool,  batch: str, shape: tuple[int, ...]) -> str:
+def _key(varying: bool, batch: str, shape: tuple[int, ...]) -> str:
     """Values that do not depend on the ids are kept once per batch shape."""
     return batch if varying else "x".join(map(str, shape))

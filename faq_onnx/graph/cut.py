@@ -67,26 +67,28 @@ def cut_model(model: ir.Model, layer_of: Mapping[str, int], head: Iterable[str])
     logits = {value.name for value in _result_values(graph)}
     parts = []
     for index in sorted({*stage.values(), 0}):
-        inputs, outputs, produces = [], [], []
+        inputs: list[str] = []
+        outputs: list[str] = []
+        produces: list[str] = []
         for node in graph:
             for value in node.outputs:
-                if value.name not in dynamic:
+                name = value.name
+                if name is None or name not in dynamic:
                     continue
                 used_at = [stage[reader] for reader in readers.get(value, ())]
                 if stage[node] == index:
-                    produces.append(value.name)
+                    produces.append(name)
                 if stage[node] < index and index in used_at:
-                    inputs.append(value.name)
-                crosses = any(use > index for use in used_at) or value.name in logits
+                    inputs.append(name)
+                crosses = any(use > index for use in used_at) or name in logits
                 if stage[node] == index and crosses:
-                    outputs.append(value.name)
-        names = [name for name in (*inputs, *outputs) if name is not None]
+                    outputs.append(name)
         part = Part(
             index=index,
-            inputs=tuple(name for name in inputs if name is not None),
-            outputs=tuple(name for name in outputs if name is not None),
-            produces=frozenset(name for name in produces if name is not None),
-            varying=frozenset(name for name in names if name in varying),
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            produces=frozenset(produces),
+            varying=varying & {*inputs, *outputs},
         )
         if part.outputs:
             parts.append(part)
@@ -115,7 +117,7 @@ def extract_part(
     for value in list(cut.inputs):
         if value not in used:
             cut.inputs.remove(value)
-        elif value.name in inputs:
+        elif value.name is not None and value.name in inputs:
             dtype, rank = inputs[value.name]
             value.dtype = dtype
             value.shape = ir.Shape([None] * rank)
@@ -128,7 +130,9 @@ def _stages(
     stage: dict[ir.Node, int] = {}
     for node in graph:
         at = max((stage[producer] for producer in _producers(node, graph)), default=0)
-        known = next((layer_of[o.name] for o in node.outputs if o.name in layer_of), None)
+        known = next(
+            (layer_of[o.name] for o in node.outputs if o.name and o.name in layer_of), None
+        )
         if known is None:
             known = node_layer_index(node)
         if any(output.name in head for output in node.outputs):

@@ -1,1 +1,1 @@
-
+"""Decide formats and channel scales; nothing here changes a graph."""

@@ -115,7 +115,9 @@ def make_plan(
     embeddings = plan_embeddings(census, config, sites)
     if stats is None:
         if config.method is not Method.RTN:
-            msg = f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
+            msg = (
+                f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
+            )
             raise PlanError(msg)
         choices = [_identity(group.name) for group in census.groups]
     else:

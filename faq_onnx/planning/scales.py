@@ -192,9 +192,7 @@ def _spread_rows(weight: Array) -> Array:
     return np.ascontiguousarray(weight[picked])
 
 
-def _group_loss(
-    weights: Sequence[tuple[Array, BlockFormat]], gram: Array, scale: Array
-) -> float:
+def _group_loss(weights: Sequence[tuple[Array, BlockFormat]], gram: Array, scale: Array) -> float:
     """Sum over the sites of E ||x (Q(W s)/s - W)^T||^2."""
     total = 0.0
     for weight, fmt in weights:

@@ -26,7 +26,7 @@ def exponents(grid_points: int) -> tuple[float, ...]:
 
 
 def awq_scale(statistic: Vector, exponent: float) -> Vector:
-    """s = max(a^alpha, 1e-4) / sqrt(max s * min s), as in llm-awq `_search_module_scale`.
+    """Scale s = max(a^alpha, 1e-4) / sqrt(max s * min s), as in llm-awq's auto_scale.
 
     Args:
         statistic: a = mean |x| per input channel, float32 [K], >= 0.

@@ -62,7 +62,7 @@ def _clip_rows(
 
 
 def _block_errors(delta: Blocks, grams: Blocks) -> Blocks:
-    """d G_b d^T for each block: float32 [N, k_blocks]."""
+    """Error d G_b d^T of each block: float32 [N, k_blocks]."""
     by_block = np.ascontiguousarray(delta.transpose(1, 0, 2))
     product = np.matmul(by_block, grams)
     errors: Blocks = np.einsum("bnk,bnk->nb", product, by_block, optimize=False)

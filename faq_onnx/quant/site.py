@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,11 @@ from faq_onnx.quant.uniform import (
     to_quantized_weight,
 )
 
-__all__ = ["QuantizedSite", "quantize_weight", "rtn_codes"]
+__all__ = ["QuantizedSite", "quantize_weight", "rtn_digest"]
 
 Array = npt.NDArray[np.float32]
+
+ROWS_AT_A_TIME = 4096  # a head of 150,000 rows would otherwise need gigabytes of temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +35,13 @@ class QuantizedSite:
 
     Attributes:
         weight: Packed.
-        codes: uint8 [N, k_blocks, block].
+        codes_digest: Sha256 that stands for all codes; equal digests, equal codes.
         sqnr_db: 10 log10(E|y|^2 / E|y_q - y|^2), of outputs where a Gram matrix was given, else
             of weights.
     """
 
     weight: QuantizedWeight
-    codes: npt.NDArray[np.uint8]
+    codes_digest: str
     sqnr_db: float
 
 
@@ -58,28 +62,74 @@ def quantize_weight(
         clip: Search clipping ratios on the Gram matrix's diagonal blocks.
         scale_dtype: Dtype in which scales are stored: that of the model's activations.
     """
+    grams = block_grams(gram, fmt.block_size) if clip and gram is not None else None
+    pieces = [
+        _quantize_rows(weight[start : start + ROWS_AT_A_TIME], fmt, gram, grams, scale_dtype)
+        for start in range(0, len(weight), ROWS_AT_A_TIME)
+    ]
+    signal = sum(piece.signal for piece in pieces)
+    noise = sum(piece.noise for piece in pieces)
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.codes_digest)
+    return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
+
+
+def rtn_digest(weight: Array, fmt: BlockFormat, scale_dtype: npt.DTypeLike) -> str:
+    """`QuantizedSite.codes_digest` of plain round-to-nearest: did a method change anything?"""
+    return quantize_weight(weight, fmt, scale_dtype=scale_dtype).codes_digest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    weight: QuantizedWeight
+    codes_digest: bytes
+    signal: float
+    noise: float
+
+
+def _quantize_rows(
+    weight: Array,
+    fmt: BlockFormat,
+    gram: Array | None,
+    grams: Array | None,
+    scale_dtype: npt.DTypeLike,
+) -> _Rows:
+    """Some rows [n, K]: they do not depend on each other, and temporaries stay small."""
     blocks = to_blocks(weight, fmt.block_size)
-    target = blocks
-    if clip and gram is not None:
-        target = clip_blocks(blocks, block_grams(gram, fmt.block_size), fmt, scale_dtype)
+    target = blocks if grams is None else clip_blocks(blocks, grams, fmt, scale_dtype)
     grid = minmax_grid(target, fmt, scale_dtype)
     codes = round_to_grid(target, grid, fmt)
     packed = to_quantized_weight(codes, grid, fmt, weight.shape[1], scale_dtype)
     delta = dequantize(codes, grid).reshape(len(weight), -1)[:, : weight.shape[1]] - weight
-    return QuantizedSite(packed, codes, _sqnr_db(weight, delta, gram))
+    return _Rows(
+        packed,
+        hashlib.sha256(codes.tobytes()).digest(),
+        _energy(weight, gram),
+        _energy(delta, gram),
+    )
 
 
-def rtn_codes(weight: Array, fmt: BlockFormat, scale_dtype: npt.DTypeLike) -> bytes:
-    """Codes of plain round-to-nearest, to tell whether a method changed anything."""
-    blocks = to_blocks(weight, fmt.block_size)
-    return round_to_grid(blocks, minmax_grid(blocks, fmt, scale_dtype), fmt).tobytes()
-
-
-def _sqnr_db(weight: Array, delta: Array, gram: Array | None) -> float:
+def _energy(matrix: Array, gram: Array | None) -> float:
     if gram is None:
-        signal, noise = float(np.vdot(weight, weight)), float(np.vdot(delta, delta))
-    else:
-        signal, noise = output_energy(weight, gram), output_energy(delta, gram)
+        return float(np.vdot(matrix, matrix))
+    return output_energy(matrix, gram)
+
+
+def _join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    if len(weights) == 1:
+        return weights[0]
+    zero_points = [w.zero_points for w in weights if w.zero_points is not None]
+    return dataclasses.replace(
+        weights[0],
+        out_features=sum(w.out_features for w in weights),
+        packed=np.concatenate([w.packed for w in weights]),
+        scales=np.concatenate([w.scales for w in weights]),
+        zero_points=np.concatenate(zero_points) if zero_points else None,
+    )
+
+
+def _db(signal: float, noise: float) -> float:
     if noise <= 0 or signal <= 0:
         return math.inf if signal > 0 else 0.0
     return 10 * math.log10(signal / noise)
