@@ -6,6 +6,7 @@ The model itself is built in `faq_onnx._tiny_llama`. Nothing here is used by the
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from faq_onnx._tiny_llama import (
     tiny_tokenizer,
     write_tiny_llama,
 )
+from faq_onnx.graph.io import save_model
 
 __all__ = [
     "TinyLlama",
@@ -71,8 +73,13 @@ def _run(model: ir.Model | Path, feeds: Mapping[str, Array]) -> dict[str, Array]
     """Outputs by name; feeds that the model does not have are left out."""
     from faq_onnx.runtime.session import open_session  # noqa: PLC0415  onnxruntime is heavy
 
-    source = model if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
-    session = open_session(source)
+    if isinstance(model, ir.Model):
+        # a file, because the weights of a loaded model may lie in one still
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            save_model(model, path)
+            return _run(path, feeds)
+    session = open_session(model)
     inputs = {value.name for value in session.get_inputs()}
     names = [value.name for value in session.get_outputs()]
     outputs = session.run(names, {name: feeds[name] for name in feeds if name in inputs})
