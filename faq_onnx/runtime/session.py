@@ -62,6 +62,7 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
         model: A file (needed for external data) or the serialized model.
         threads: Threads inside an operator; None lets onnxruntime take all cores.
         prepack: Keep weights a second time in the layout of the kernels: faster, more memory.
+            Never False for low-bit models: MatMulNBits then dequantizes its weight on every call.
         optimize: False keeps the graph as written (no fusions).
         verbose: Write onnxruntime's INFO log to stderr, for `captured_log`.
         config: Session configuration entries, e.g. {"mlas.qnbit.force_fp32": "1"}.
