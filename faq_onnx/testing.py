@@ -15,14 +15,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from faq_onnx._tiny_census import tiny_llama_census
-from faq_onnx._tiny_llama import (
-    TinyLlama,
+from faq_onnx._tiny_folder import (
     tiny_feeds,
     tiny_llama_config,
-    tiny_llama_onnx,
     tiny_tokenizer,
     write_tiny_llama,
 )
+from faq_onnx._tiny_llama import TinyLlama, tiny_llama_onnx
 from faq_onnx.graph.io import save_model
 
 __all__ = [
