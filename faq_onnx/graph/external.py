@@ -31,6 +31,11 @@ class ExternalFiles:
                 or the length does not fit the dims.
         """
         where = f"{self.model_path}: initializer {name!r}"
+        if tensor.dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+            raise CorruptModelError(
+                f"{where} has data type {tensor.dtype.name}, which cannot lie in raw bytes; the "
+                "file is damaged: export or download it again"
+            )
         path = self._path(str(tensor.location), where)
         expected = tensor.nbytes
         offset = tensor.offset or 0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -63,11 +64,12 @@ def load_model(path: Path) -> ir.Model:
         raise CorruptModelError(
             f"{path}: the graph is inconsistent ({_root_cause(error)}); export the model again"
         ) from error
+    _check_names(model, path)
     _check_edges(model, path)
     files = ExternalFiles(path)
     for slot in tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
-            slot.tensor = files.resolve(slot.tensor, slot.name)
+            slot.tensor = _at_hand_if_small(files.resolve(slot.tensor, slot.name))
         else:
             _check_inline(slot, path)
     logger.debug("loaded %s: IR %s, opset %s", path, model.ir_version, model.opset_imports)
@@ -90,7 +92,12 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> i
     slots = [
         slot
         for slot in tensor_slots(model)
-        if slot.tensor.dtype != ir.DataType.STRING and slot.tensor.nbytes >= MIN_DETACHED_BYTES
+        if slot.tensor.dtype != ir.DataType.STRING
+        and (
+            slot.tensor.nbytes >= MIN_DETACHED_BYTES
+            # its reference would be wrong in another folder, however small it is
+            or isinstance(slot.tensor, ir.ExternalTensor)
+        )
     ]
     data_path = path.with_name(path.name + ".data")
     _refuse_own_source(slots, (path, data_path))
@@ -166,6 +173,23 @@ def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
         )
 
 
+def _check_names(model: ir.Model, path: Path) -> None:
+    """Protobuf hands out names that are not UTF-8 as bytes."""
+    for graph in model.graphs():
+        names: list[object] = [value.name for value in (*graph.inputs, *graph.outputs)]
+        names += graph.initializers
+        for node in graph:
+            names += (node.name, node.op_type, node.domain, *node.attributes)
+            names += (value.name for value in node.outputs)
+            names += (text for item in node.metadata_props.items() for text in item)
+        damaged = next((name for name in names if isinstance(name, bytes)), None)
+        if damaged is not None:
+            raise CorruptModelError(
+                f"{path}: the name {damaged!r} is not UTF-8 text; the file is damaged: copy, "
+                "download or export it again"
+            )
+
+
 def _check_edges(model: ir.Model, path: Path) -> None:
     for graph in model.graphs():
         for node in graph:
@@ -202,6 +226,15 @@ def _has_data(tensor: ir.TensorProtocol) -> bool:
     proto = tensor.raw
     typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
     return proto.HasField("raw_data") or any(len(getattr(proto, field)) for field in typed)
+
+
+def _at_hand_if_small(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    """Read what is not worth a reference: some exporters put even shapes and axes into the file."""
+    if tensor.nbytes >= MIN_DETACHED_BYTES:
+        return tensor
+    copied = ir.Tensor(np.array(tensor), tensor.dtype, name=tensor.name)
+    tensor.release()
+    return copied
 
 
 def _root_cause(error: BaseException) -> str:

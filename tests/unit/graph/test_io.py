@@ -221,12 +221,28 @@ def test_node_that_reads_nothing(tmp_path: Path) -> None:
         load_model(path)
 
 
+def test_damaged_name(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"MatMul", b"Mat\xfful"))
+    with pytest.raises(CorruptModelError, match="not UTF-8"):
+        load_model(path)
+
+
 def test_dims_that_do_not_fit_the_data(tmp_path: Path) -> None:
     proto = ir.to_proto(_model())
     proto.graph.initializer[0].dims[0] = ROWS + 1
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(CorruptModelError, match=r"'w' has 3072 bytes .* need 3168"):
+        load_model(path)
+
+
+def test_undefined_data_type(tmp_path: Path) -> None:
+    proto = ir.to_proto(_model())
+    proto.graph.initializer[0].data_type = onnx.TensorProto.UNDEFINED
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(CorruptModelError, match="'w' has data type UNDEFINED"):
         load_model(path)
 
 
