@@ -49,7 +49,7 @@ DATA_ALIGNMENT_BYTES = 4096  # onnxruntime maps external data by pages
 def load_model(path: Path) -> ir.Model:
     """Load the structure of an ONNX file; weights stay on disk as `ir.ExternalTensor`s.
 
-    Tensors below 1 KiB, and those stored in typed fields (float_data), are in memory.
+    Tensors below 1 KiB, wherever they lay, and those in typed fields (float_data) are in memory.
 
     Raises:
         CorruptModelError: The file or its external data is missing, truncated or damaged, or
@@ -229,7 +229,7 @@ def _has_data(tensor: ir.TensorProtocol) -> bool:
 
 
 def _at_hand_if_small(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    """Read what is not worth a reference: some exporters put even shapes and axes into the file."""
+    """Read what is not worth a reference: some exporters move even axes out of the file."""
     if tensor.nbytes >= MIN_DETACHED_BYTES:
         return tensor
     copied = ir.Tensor(np.array(tensor), tensor.dtype, name=tensor.name)

@@ -65,6 +65,23 @@ def test_saved_model_computes_the_same(tmp_path: Path, *, external_data: bool) -
 
 
 @pytest.mark.parametrize("external_data", [False, True])
+def test_small_external_weights_come_along(tmp_path: Path, *, external_data: bool) -> None:
+    """As genai's builder writes them: even a gain of a few bytes lies outside of the file."""
+    folder, out = tmp_path / "source", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    model = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[1, {ROWS}] x) => (float[1, {ROWS}] y) {{ y = Mul (x, gain) }}""",
+        initializers=[ir.tensor(np.arange(ROWS, dtype=np.float32), name="gain")],
+    )
+    ir.save(model, folder / "model.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    assert (folder / "weights.bin").stat().st_size > 0
+    save_model(load_model(folder / "model.onnx"), out / "model.onnx", external_data=external_data)
+    np.testing.assert_array_equal(_run(out / "model.onnx")[0], np.arange(ROWS))
+
+
+@pytest.mark.parametrize("external_data", [False, True])
 def test_saving_is_deterministic_and_can_be_repeated(
     tmp_path: Path, *, external_data: bool
 ) -> None:
