@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -232,7 +231,7 @@ def _at_hand_if_small(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     """Read what is not worth a reference: some exporters move even axes out of the file."""
     if tensor.nbytes >= MIN_DETACHED_BYTES:
         return tensor
-    copied = ir.Tensor(np.array(tensor), tensor.dtype, name=tensor.name)
+    copied = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
     tensor.release()
     return copied
 
