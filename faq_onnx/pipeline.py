@@ -35,7 +35,12 @@ from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
 from faq_onnx.report.summary import summary_markdown
 from faq_onnx.targets.genai import check_generation, write_genai_config
-from faq_onnx.targets.package import OutputFolder, check_free_space, copy_companions
+from faq_onnx.targets.package import (
+    OutputFolder,
+    check_free_space,
+    copy_companions,
+    name_full_disk,
+)
 
 __all__ = [
     "apply",
@@ -402,7 +407,8 @@ def _work_folder(given: Path | None) -> Iterator[Path]:
     """The folder for intermediate artifacts: the user's, or a temporary one."""
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
-        yield given
+        with name_full_disk(given):
+            yield given
         return
-    with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder:
+    with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder, name_full_disk(Path(folder)):
         yield Path(folder)

@@ -21,7 +21,7 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
-from faq_onnx.errors import CorruptModelError, UnsupportedModelError
+from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import load_model, release_weights
 from faq_onnx.graph.weights import read_initializer, read_weight
@@ -87,9 +87,13 @@ def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
     """Resolve, load, canonicalise and take stock of a source."""
     resolved = resolve_source(source, work, progress)
     model = load_model(resolved.onnx_path)
-    canonicalise(model)
-    census = take_census(model, _read_config(resolved))
-    check_finite(model, census)
+    try:
+        canonicalise(model)
+        census = take_census(model, _read_config(resolved))
+        check_finite(model, census)
+    except FaqOnnxError as error:
+        error.add_note(f"model: {resolved.onnx_path}")
+        raise
     release_weights(model)
     for warning in census.warnings:
         progress.note(warning)

@@ -107,6 +107,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (0 = done, see `faq_onnx.errors`)."""
     argv = sys.argv[1:] if argv is None else argv
+    # onnxruntime's wheels report to Microsoft unless this is set before the import.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return _run(argv)
     except KeyboardInterrupt:

@@ -7,8 +7,10 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +18,7 @@ from typing import Self
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.errors import PackageError
 
-__all__ = ["OutputFolder", "check_free_space", "copy_companions"]
+__all__ = ["OutputFolder", "check_free_space", "copy_companions", "name_full_disk"]
 
 _LOGGER = logging.getLogger(__name__)
 _COMPANIONS = (
@@ -34,6 +36,9 @@ _COMPANIONS = (
 _OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 # What any of our commands writes; --force deletes only a folder that looks like one of them.
 _OUR_SUFFIXES = {".onnx", ".json"}
+# Where libraries lose the errno: numpy's tofile, and the Rust of safetensors.
+_DISK_FULL = re.compile(r"\b\d+ requested and \d+ written|No space left on device|os error 28\b")
+_NO_ROOM_BYTES = 1 << 20  # a disk with less free than this is what the error was about
 
 
 @dataclasses.dataclass
@@ -98,7 +103,7 @@ class OutputFolder:
                 self._publish()
                 return
             full = _find_disk_full(error)
-            if full is not None:
+            if full is not None and not isinstance(error, PackageError):  # that says it already
                 raise PackageError(self._describe_full()) from full
         finally:
             # After success the folder has another name, and these do nothing.
@@ -148,6 +153,25 @@ def check_free_space(path: Path, bytes_needed: int) -> None:
             f"{path}: {bytes_needed:,} bytes are needed and {free:,} are free on that disk; "
             f"make room or choose another output"
         )
+
+
+@contextlib.contextmanager
+def name_full_disk(folder: Path) -> Iterator[None]:
+    """Say that the disk of a work folder is full, while what fills it still lies there.
+
+    Raises:
+        PackageError: The disk of `folder` is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if _find_disk_full(error) is None or free > _NO_ROOM_BYTES:
+            raise
+        raise PackageError(
+            f"{folder}: no space left on the disk of intermediate results ({free:,} bytes free); "
+            "make room, choose another disk with --work, or set TMPDIR"
+        ) from error
 
 
 def copy_companions(source: SourceModel, folder: Path) -> tuple[str, ...]:
@@ -201,12 +225,14 @@ def _check_replaceable(output: Path, *, force: bool) -> None:
         )
 
 
-def _find_disk_full(error: BaseException | None) -> OSError | None:
+def _find_disk_full(error: BaseException | None) -> BaseException | None:
     """The "disk full" at the bottom of an error, however deep a library has wrapped it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return error
+        if _DISK_FULL.search(str(error)):
             return error
         error = error.__cause__ or error.__context__
     return None

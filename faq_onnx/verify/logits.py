@@ -100,7 +100,7 @@ class LogitComparison:
         self, following: npt.NDArray[np.int64], reference: Floats, quantized: Floats
     ) -> None:
         """Add positions; `following` lacks the last one at the end of a window."""
-        p, q = _shift(reference, "float"), _shift(quantized, "quantized")
+        p, q = _shift(reference, "source"), _shift(quantized, "quantized")
         self._positions += len(p.best)
         self._predictions += len(following)
         self._agreements += int((p.best == q.best).sum())
@@ -119,7 +119,15 @@ def _shift(logits: Floats, whose: str) -> _Shifted:
     largest = logits[np.arange(len(best)), best]
     # argmax stops at the first NaN, so the largest shows it
     if not np.isfinite(largest).all():
-        raise NonFiniteError(f"the {whose} model's logits are NaN or infinite")
+        bad = int((~np.isfinite(largest)).sum())
+        way_out = {
+            "source": "it overflows on this text: check it in float32, or verify on other text",
+            "quantized": "try more bits, or --accuracy-level 0",
+        }[whose]
+        raise NonFiniteError(
+            f"the {whose} model's logits are not finite at {bad} of {len(largest)} positions; "
+            f"{way_out}"
+        )
     values = np.subtract(logits, largest[:, np.newaxis], dtype=np.float32)
     exponentials = np.exp(values)
     log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64))

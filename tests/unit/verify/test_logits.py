@@ -106,10 +106,10 @@ def test_float16_logits_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("whose", ["float", "quantized"])
+@pytest.mark.parametrize("whose", ["source", "quantized"])
 def test_logits_that_are_not_finite_name_their_model(bad: float, whose: str) -> None:
     ids, reference, quantized = _pair()
-    (reference if whose == "float" else quantized)[1, 3, 7] = bad
+    (reference if whose == "source" else quantized)[1, 3, 7] = bad
     with pytest.raises(NonFiniteError, match=f"the {whose} model"):
         LogitComparison().add(reference, quantized, ids)
 
