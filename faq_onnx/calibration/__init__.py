@@ -1,1 +1,1 @@
-
+"""Token windows, and what the activations look like while the model reads them."""

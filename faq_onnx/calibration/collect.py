@@ -88,8 +88,13 @@ class Collector:
     def logits(
         self, windows: npt.NDArray[np.int64], progress: Progress = SILENT, title: str = "run"
     ) -> ReferenceLogits:
-        """Float logits of the model as it is now (after folding, say), layer by layer."""
-        walk = LayerWalk(self.model, self.parts(), self.folder / "check", fingerprint="")
+        """Float logits of the model as it is now (after folding, say), layer by layer.
+
+        They are computed from files in a folder of that `title` when they are asked for, so a
+        second call with the same title replaces what the first one gave.
+        """
+        folder = self.folder / title.replace(" ", "-")
+        walk = LayerWalk(self.model, self.parts(), folder, fingerprint=None)
         for _sums in walk.run(windows[:0], windows, {}, progress, title):
             pass
         return walk.reference(windows)

@@ -34,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 # A run of this many tokens keeps both cores busy and activations in the tens of megabytes.
 TOKENS_PER_RUN = 2048
+STATE_NAME = "walk.json"
 
 
 class _WalkState(Record):
@@ -105,13 +106,14 @@ class LayerWalk:
         model: The float model, weights on disk.
         parts: From `cut_model`.
         folder: For hidden states and part models; an interrupted walk resumes from here.
-        fingerprint: Of model and tokens; a state with another one is not resumed.
+        fingerprint: Of model and tokens; a state with another one is not resumed. None starts
+            from the beginning every time.
     """
 
     model: ir.Model
     parts: Sequence[Part]
     folder: Path
-    fingerprint: str
+    fingerprint: str | None
 
     def run(
         self,
@@ -135,6 +137,9 @@ class LayerWalk:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         done = self._resume_point()
+        if done == 0:
+            # what the file of another walk speaks of is about to be overwritten
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
         batches = _batches(windows, held_out)
         with progress.stage(title, len(self.parts), "layers") as advance:
             for number, part in enumerate(self.parts):
@@ -145,6 +150,7 @@ class LayerWalk:
                     if sums is not None:
                         yield sums
                     self._finish(number)
+                    self._drop_dead(part)  # not before: whoever resumes here needs its inputs
                 advance(1)
 
     def reference(self, held_out: npt.NDArray[np.int64]) -> ReferenceLogits:
@@ -197,7 +203,6 @@ class LayerWalk:
                 self._store.put(name, key, results[name])
             if batch.collect:
                 sums.add(results, batch.ids.size)
-        self._drop_dead(part)
         if not wanted:
             return None
         sums.check_finite(part.index)
@@ -234,8 +239,8 @@ class LayerWalk:
                 self._store.drop(name)
 
     def _resume_point(self) -> int:
-        path = self.folder / "walk.json"
-        if not path.is_file():
+        path = self.folder / STATE_NAME
+        if self.fingerprint is None or not path.is_file():
             return 0
         state = _WalkState.load(path)
         if state.key != self.fingerprint:
@@ -244,8 +249,9 @@ class LayerWalk:
         return state.parts_done
 
     def _finish(self, number: int) -> None:
-        state = _WalkState(key=self.fingerprint, parts_done=number + 1)
-        state.save(self.folder / "walk.json")
+        if self.fingerprint is not None:
+            state = _WalkState(key=self.fingerprint, parts_done=number + 1)
+            state.save(self.folder / STATE_NAME)
 
 
 @dataclasses.dataclass(frozen=True)
