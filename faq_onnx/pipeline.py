@@ -327,7 +327,8 @@ def _fold(
     one = dataclasses.replace(reference, windows=reference.windows[:1])
     folded = _collector(run, opened).logits(one.windows, run.progress, "check the folded model")
     error = checks.fold_error(folded, one)
-    checks.check_fold(error, {site.dtype for site in opened.census.sites})
+    dtypes = {site.dtype for site in opened.census.sites}
+    checks.check_fold(error, dtypes, opened.census.layer_count)
     return error
 
 
