@@ -304,7 +304,7 @@ def test_disk_that_fills_up_while_saving(
 def test_interrupt_while_calibrating(source: Path, scratch: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.arange(1 << 20, dtype=np.int64) % 200)
-    words = ["-o", scratch / "out", "--calibration", tokens, "--samples", "4000"]
+    words: list[str | Path] = ["-o", scratch / "out", "--calibration", tokens, "--samples", "4000"]
     command: list[str | Path] = [sys.executable, "-m", "faq_onnx", "convert", source, *words]
     process = subprocess.Popen(
         command,
