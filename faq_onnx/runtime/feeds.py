@@ -168,7 +168,8 @@ def describe_inputs(inputs: Iterable[Argument]) -> DecoderInputs:
     if problems:
         msg = (
             "the model has inputs that cannot be fed; export it as a text decoder with "
-            f"{', '.join(kinds)} and past_key_values.N.key/value:\n  " + "\n  ".join(problems)
+            f"{', '.join(kinds)} and past_key_values.N.key/value, or round the weights of any "
+            "graph with `faq-onnx opt`:\n  " + "\n  ".join(problems)
         )
         raise UnsupportedModelError(msg)
     return DecoderInputs(MappingProxyType(plain), tuple(cache))
