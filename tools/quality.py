@@ -130,7 +130,7 @@ class Bench:
         self, name: str, config: QuantizeConfig, levels: Sequence[int] = (4, 0)
     ) -> list[Figure]:
         """Convert with `config` and evaluate at each accuracy level."""
-        fresh = self._fresh()
+        fresh = self.fresh()
         start = time.perf_counter()
         planned = make_plan(fresh.census, config, self.stats, fresh.read)
         plan_s = time.perf_counter() - start
@@ -168,7 +168,7 @@ class Bench:
             gc.collect()
         return figures
 
-    def _fresh(self) -> stages.OpenedModel:
+    def fresh(self) -> stages.OpenedModel:
         """The model once more: conversions change the graph."""
         model = canonicalise(load_model(self.opened.source.onnx_path))
         return dataclasses.replace(self.opened, model=model)

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             config = QuantizeConfig.model_validate(
                 {"lm_head": "keep", "embedding": "keep", **settings}
             )
-            fresh = bench._fresh()  # noqa: SLF001 - one tool in two files
+            fresh = bench.fresh()
             start = time.perf_counter()
             gram = make_plan(fresh.census, config, bench.stats, fresh.read)
             gram_s = time.perf_counter() - start
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             module_s = gram_s + time.perf_counter() - start
             pair = []
             for name, planned, seconds in (("gram", gram, gram_s), ("module", module, module_s)):
-                opened = bench._fresh()  # noqa: SLF001
+                opened = bench.fresh()
                 (figure,) = bench.finish(name, opened, planned, seconds, (0,))
                 pair.append(figure)
                 print(
