@@ -105,7 +105,7 @@ def judge(report: VerificationReport, config: QuantizeConfig, *, force: bool) ->
     Raises:
         VerificationError: Names what is wrong, where, and the way out.
     """
-    if report.kernels.worst > 1:
+    if not report.kernels.worst <= 1:  # nan, too
         msg = (
             f"{report.kernels.worst_node}: the kernel's output differs from the dequantized "
             f"weights by {report.kernels.worst:.1f} times the tolerance; the file is wrong for "
