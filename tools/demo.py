@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = make_progress(sys.stderr)
     try:
         source = args.source or packaged_model()
+        if not Path(source).exists():  # before anything is removed for its sake
+            raise ExportError(f"--source {source!r}: no such file or folder")
         if args.fresh or _read_source(args.folder) not in {None, source}:
             _remove_results(args.folder)
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -128,10 +128,19 @@ def test_fresh_removes_only_what_the_demo_wrote(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     (tmp_path / "rtn-4bit").mkdir()
     (tmp_path / "rtn-4bit" / "report.json").write_text("{}")
-    missing = tmp_path / "no-model.gguf"
-    result = demo("--source", missing, "--folder", tmp_path, "--fresh")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    result = demo("--source", broken, "--folder", tmp_path, "--fresh")
     assert result.returncode == 3, result.stderr
-    assert result.stderr.startswith("error: ")
-    assert "no such file" in result.stderr
+    assert "it is no GGUF file" in result.stderr
+    assert "Traceback" not in result.stderr
     assert (tmp_path / "mine.txt").exists()
     assert not (tmp_path / "rtn-4bit").exists()
+
+
+def test_missing_source_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rtn-4bit").mkdir()
+    result = demo("--source", tmp_path / "typo.gguf", "--folder", tmp_path, "--fresh")
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert (tmp_path / "rtn-4bit").exists()
