@@ -34,7 +34,8 @@ from faq_onnx.passes import (
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.progress import Progress
 from faq_onnx.quant.objective import scale_gram
-from faq_onnx.quant.site import quantize_weight, rtn_digest
+from faq_onnx.quant.site import QuantizedSite, quantize_weight, rtn_digest
+from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import quantize_rtn
 
 __all__ = [
@@ -110,12 +111,14 @@ class Quantized:
 
 def rtn_marks(opened: OpenedModel, planned: PlannedModel) -> dict[str, str]:
     """Digest of each site's round-to-nearest codes, taken before the graph is changed."""
-    marks = {}
-    for plan in planned.plan.sites:
-        if plan.format is not None:
-            site = opened.census.site(plan.site)
-            dtype = _scale_dtype(site.dtype)
-            marks[plan.site] = rtn_digest(opened.read(site), plan.format, dtype)
+
+    def mark(plan: SitePlan) -> str:
+        assert plan.format is not None
+        site = opened.census.site(plan.site)
+        return rtn_digest(opened.read(site), plan.format, _scale_dtype(site.dtype))
+
+    plans = [plan for plan in planned.plan.sites if plan.format is not None]
+    marks = dict(zip((p.site for p in plans), map_in_threads(mark, plans), strict=True))
     release_weights(opened.model)
     return marks
 
@@ -145,16 +148,21 @@ def quantize(  # noqa: PLR0913, PLR0917 - the stage joins the artifacts of all s
     """
     folder.mkdir(parents=True, exist_ok=True)
     store = WeightStore(folder)
-    errors = []
     groups = {name: group for group in opened.census.groups for name in group.sites}
     plans = [plan for plan in planned.plan.sites if plan.format is not None]
     sites = {plan.site: opened.census.site(plan.site) for plan in plans}
     total = sum(site.in_features * site.out_features for site in sites.values()) / 1e6
+
+    def quantize_one(plan: SitePlan) -> QuantizedSite:
+        gram = _gram(groups[plan.site], planned, stats)
+        return _quantize_site(opened, sites[plan.site], plan, gram)
+
+    errors = []
     with progress.stage("quantize", total, "M weights") as advance:
-        for plan in plans:
+        for plan, result in zip(plans, map_in_threads(quantize_one, plans), strict=True):
             site = sites[plan.site]
-            gram = _gram(groups[plan.site], planned, stats)
-            errors.append(_quantize_site(opened, site, plan, gram, marks, store))
+            store.put(site.name, result.weight)
+            errors.append(_site_error(site, result, marks))
             advance(site.in_features * site.out_features / 1e6)
         _quantize_embeddings(opened, planned, store)
     release_weights(opened.model)
@@ -176,23 +184,23 @@ def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) ->
     )
 
 
-def _quantize_site(  # noqa: PLR0913, PLR0917 - see `quantize`
+def _quantize_site(
     opened: OpenedModel,
     site: LinearSite,
     plan: SitePlan,
     gram: npt.NDArray[np.float32] | None,
-    marks: Mapping[str, str],
-    store: WeightStore,
-) -> SiteError:
+) -> QuantizedSite:
     assert plan.format is not None
-    result = quantize_weight(
+    return quantize_weight(
         opened.read(site),
         plan.format,
         gram=gram,
         clip=plan.grid == "clip",
         scale_dtype=_scale_dtype(site.dtype),
     )
-    store.put(site.name, result.weight)
+
+
+def _site_error(site: LinearSite, result: QuantizedSite, marks: Mapping[str, str]) -> SiteError:
     same = result.codes_digest == marks.get(site.name)
     return SiteError(site=site.name, sqnr_db=round(result.sqnr_db, 3), equals_rtn=same)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import quality
@@ -29,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     calibration = CalibrationConfig(
         source=args.calibration, samples=args.samples, sequence_length=args.sequence_length
     )
-    with tempfile.TemporaryDirectory(prefix="bench-quality-") as folder:
+    with quality.work_folder(args.work) as folder:
         bench = quality.Bench.prepare(
             args.model,
-            Path(folder),
+            folder,
             calibration=calibration,
             evaluation=args.evaluation,
             windows=args.windows,
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.formats:
             bits, block_size = FORMATS[name]
             if args.outside and bits in {4, 8}:
-                path = Path(folder) / "outside.onnx"
+                path = folder / "outside.onnx"
                 quality.write_onnxruntime_rtn(
                     bench.opened.source.onnx_path, path, bits, block_size
                 )
@@ -116,6 +115,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="also onnxruntime's own quantizer, which leaves a tied head float",
     )
+    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
 
 

@@ -7,12 +7,13 @@ float model, window by window, so that every figure is paired.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,17 @@ def evaluate_file(name: str, path: Path, reference: ReferenceLogits, level: int)
         plan_s=0.0,
         quantize_s=0.0,
     )
+
+
+@contextlib.contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """A folder to work in: the given one, which is kept, or a temporary one."""
+    if given is None:
+        with tempfile.TemporaryDirectory(prefix="faq-onnx-bench-") as folder:
+            yield Path(folder)
+        return
+    given.mkdir(parents=True, exist_ok=True)
+    yield given
 
 
 def append_results(path: Path | None, figures: Iterable[Figure], **context: object) -> None:

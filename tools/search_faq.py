@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     calibration = CalibrationConfig(
         source=args.calibration, samples=args.samples, sequence_length=512
     )
-    with tempfile.TemporaryDirectory(prefix="search-faq-") as folder:
+    with quality.work_folder(args.work) as folder:
         bench = quality.Bench.prepare(
             args.model,
-            Path(folder),
+            folder,
             calibration=calibration,
             evaluation=args.validation,
             windows=args.windows,
@@ -103,6 +102,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--formats", nargs="+", type=_format, default=[(4, 32), (3, 64)])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -66,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         source=args.calibration, samples=args.samples, sequence_length=512
     )
     settings = {"method": "awq", "lm_head": "keep", "embedding": "keep"}
-    with tempfile.TemporaryDirectory(prefix="search-muls-") as folder:
+    with quality.work_folder(args.work) as folder:
         bench = quality.Bench.prepare(
             args.model,
-            Path(folder),
+            folder,
             calibration=calibration,
             evaluation=args.validation,
             windows=args.windows,
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             config = QuantizeConfig.model_validate({**settings, "scale": {"insert_mul": insert}})
             fresh = which.fresh()
             planned = make_plan(fresh.census, config, which.stats, fresh.read)
-            paths[name] = Path(folder) / f"{name}.onnx"
+            paths[name] = folder / f"{name}.onnx"
             _write(which, planned, paths[name])
             figure = quality.evaluate_file(name, paths[name], bench.reference, 0)
             print(f"{name:<7} KL {figure.kl_nats:.5f}  top-1 {figure.top1:.3f}", flush=True)
@@ -125,6 +124,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation", required=True)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,10 +143,10 @@ def main(argv: list[str] | None = None) -> int:
     calibration = CalibrationConfig(
         source=args.calibration, samples=args.samples, sequence_length=512
     )
-    with tempfile.TemporaryDirectory(prefix="search-objective-") as folder:
+    with quality.work_folder(args.work) as folder:
         bench = quality.Bench.prepare(
             args.model,
-            Path(folder),
+            folder,
             calibration=calibration,
             evaluation=args.validation,
             windows=args.windows,
@@ -217,6 +216,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation", required=True)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +26,13 @@ from faq_onnx.quant.channel_scale import (
     share_over_heads,
 )
 from faq_onnx.quant.objective import output_energy
+from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import fake_quantize, to_blocks
 
 __all__ = ["GroupChoice", "ScalePlanner", "scaled_groups"]
 
 Array = npt.NDArray[np.float32]
 
-SEARCH_THREADS = 2  # one rounds while the other multiplies; more only cost memory
 # Output channels that stand for a site while exponents are compared: candidates are judged on the
 # same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
 SEARCH_ROWS = 256
@@ -174,8 +173,7 @@ def _search(
     def loss(exponent: float) -> float:
         return _group_loss(sample, gram, awq_scale(statistic, exponent))
 
-    with ThreadPoolExecutor(SEARCH_THREADS) as pool:
-        losses = list(pool.map(loss, candidates))
+    losses = list(map_in_threads(loss, candidates))
     exponent = candidates[int(np.argmin(losses))]
     identity = _group_loss(weights, gram, np.ones_like(statistic))
     if exponent == 0:
