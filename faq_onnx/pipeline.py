@@ -30,7 +30,12 @@ from faq_onnx.errors import PackageError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import save_model
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
-from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
+from faq_onnx.planning.planner import (
+    PlannedModel,
+    check_statistics,
+    make_plan,
+    needs_statistics,
+)
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
 from faq_onnx.report.summary import summary_markdown
@@ -195,13 +200,14 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     """Quantize as a saved plan says, verify, and write the package."""
     origin = Path(source) if Path(source).exists() else None
     with OutputFolder(output, origin, force) as out, _work_folder(None) as work:
-        run = _Run(work, progress, config)
-        opened = _open(run, source)
+        opened = stages.open_model(source, work, progress)
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
+        run = _Run(work, progress, _as_planned(config, planned.plan))
+        collected = _open_stats(stats, opened)
+        check_statistics(planned.plan, opened.census, collected)
         windows = _tokens(run, opened, calibrate=False)
         with run.timed("reference"):
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
-        collected = _open_stats(stats, opened)
         return _apply(run, opened, planned, collected, reference, folder=out.path, force=force)
 
 
@@ -226,6 +232,14 @@ def verify(
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
             logits = checks.compare_to_reference(path, reference, progress)
     return checks.verify_file(path, logits, (), None)
+
+
+def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
+    """The settings that a plan was made with; how to verify and to write is told anew."""
+    if plan.config is None:
+        return config
+    anew = {name: getattr(config, name) for name in ("calibration", "verify", "external_data")}
+    return plan.config.model_copy(update=anew)
 
 
 def _open(run: _Run, source: str) -> stages.OpenedModel:

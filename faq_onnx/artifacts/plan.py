@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
+from faq_onnx.config import QuantizeConfig
 
 __all__ = [
     "BlockFormat",
@@ -89,7 +90,10 @@ class EmbeddingPlan(Record):
 
 
 class QuantPlan(Record):
-    """The whole decision; channel scales are float32 [K] arrays kept beside it by group name."""
+    """The whole decision; channel scales are float32 [K] arrays kept beside it by group name.
+
+    `config` is the wish that it came from; None where somebody made the plan by hand.
+    """
 
     schema_version: int = 1
     census_fingerprint: str
@@ -97,3 +101,4 @@ class QuantPlan(Record):
     sites: tuple[SitePlan, ...]
     groups: tuple[GroupPlan, ...]
     embeddings: tuple[EmbeddingPlan, ...]
+    config: QuantizeConfig | None = None

@@ -21,7 +21,10 @@ read on: docs/cli.md"""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.description = "Fold scales, quantize, package and verify, as a plan says."
+    parser.description = (
+        "Fold scales, quantize, package and verify, as a plan says. Method, formats and scales "
+        "are those of the plan; the calibration settings say on what to verify."
+    )
     parser.epilog = _EPILOG
     options.add_source(parser)
     parser.add_argument(

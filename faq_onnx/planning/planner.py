@@ -20,12 +20,12 @@ from faq_onnx.artifacts.plan import (
 from faq_onnx.artifacts.sites import LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.errors import PlanError
+from faq_onnx.errors import PlanError, StatsMismatchError
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
 from faq_onnx.progress import SILENT, Progress
 
-__all__ = ["PlannedModel", "make_plan", "needs_statistics"]
+__all__ = ["PlannedModel", "check_statistics", "make_plan", "needs_statistics"]
 
 Array = npt.NDArray[np.float32]
 
@@ -82,6 +82,25 @@ def needs_statistics(census: ModelCensus, config: QuantizeConfig) -> list[str]:
     return [group.name for group in wanted if in_graph & set(group.sites)]
 
 
+def check_statistics(plan: QuantPlan, census: ModelCensus, stats: CalibrationStats | None) -> None:
+    """Make sure that clipping will find its statistics: without them it would not happen.
+
+    Raises:
+        StatsMismatchError: None were given, or they lack groups that the plan clips.
+    """
+    clipped = {site.site for site in plan.sites if site.grid == "clip"}
+    wanted = [group.name for group in census.groups if clipped & set(group.sites)]
+    missing = [name for name in wanted if stats is None or not stats.has(name)]
+    if missing:
+        found = "no statistics were given" if stats is None else f"{stats.folder} lacks some"
+        msg = (
+            f"the plan clips the weights of {len(wanted)} scale groups on their activations, but "
+            f"{found} (first: {missing[0]}); give --stats with the folder that the plan was made "
+            "from, or plan with --no-clip"
+        )
+        raise StatsMismatchError(msg)
+
+
 def _applications(
     census: ModelCensus,
     config: QuantizeConfig,
@@ -130,6 +149,7 @@ def make_plan(
         sites=sites,
         groups=tuple(choice.plan for choice in choices),
         embeddings=embeddings,
+        config=config,
     )
     return PlannedModel(plan, {c.plan.group: c.scale for c in choices if c.scale is not None})
 
