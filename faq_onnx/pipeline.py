@@ -421,7 +421,11 @@ def _peak_rss_bytes() -> int:
 def _work_folder(given: Path | None) -> Iterator[Path]:
     """The folder for intermediate artifacts: the user's, or a temporary one."""
     if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"--work {given}: cannot be made ({error.strerror}); choose another folder"
+            raise PackageError(msg) from error
         with name_full_disk(given):
             yield given
         return

@@ -6,7 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from faq_onnx.errors import PackageError
 
 __all__ = ["Record", "fingerprint_bytes", "fingerprint_file"]
 
@@ -21,13 +23,35 @@ class Record(BaseModel):
         return fingerprint_bytes(self.model_dump_json().encode())
 
     def save(self, path: Path) -> None:
-        """Write as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write as indented JSON; an interrupted write leaves the old file as it was."""
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read what `save` wrote.
+
+        Raises:
+            PackageError: The file is damaged, or of another version of faq-onnx.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, ValidationError) as error:
+            problem = _problem(error)
+            msg = (
+                f"{path}: no {cls.__name__} of this version of faq-onnx ({problem}); the file is "
+                "damaged, or another version wrote it: make it again"
+            )
+            raise PackageError(msg) from error
+
+
+def _problem(error: UnicodeDecodeError | ValidationError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def fingerprint_bytes(data: bytes) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from faq_onnx.artifacts.record import Record
 from faq_onnx.errors import StatsMismatchError
@@ -98,6 +98,11 @@ class CalibrationStats:
         if entry is None or (what == "gram" and not entry.gram):
             msg = f"{self.folder}: no {what} statistics for group {group!r}; calibrate again"
             raise StatsMismatchError(msg)
-        with safe_open(self.folder / entry.file, framework="numpy") as file:
-            array: npt.NDArray[np.float32] = file.get_tensor(f"{group}/{what}")
+        path = self.folder / entry.file
+        try:
+            with safe_open(path, framework="numpy") as file:
+                array: npt.NDArray[np.float32] = file.get_tensor(f"{group}/{what}")
+        except (OSError, SafetensorError) as error:
+            msg = f"{path}: cannot be read ({error}); calibrate again"
+            raise StatsMismatchError(msg) from error
         return array

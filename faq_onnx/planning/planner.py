@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from faq_onnx.artifacts.plan import (
@@ -63,7 +64,12 @@ class PlannedModel:
         if plan.census_fingerprint != census_fingerprint:
             msg = f"{folder}: the plan was made for another model; run `faq-onnx plan` on this one"
             raise PlanError(msg)
-        return cls(plan, load_file(folder / "scales.safetensors"))
+        scales = folder / "scales.safetensors"
+        try:
+            return cls(plan, load_file(scales))
+        except (OSError, SafetensorError) as error:
+            msg = f"{scales}: cannot be read ({error}); run `faq-onnx plan` again"
+            raise PlanError(msg) from error
 
 
 def needs_statistics(census: ModelCensus, config: QuantizeConfig) -> list[str]:

@@ -39,6 +39,7 @@ _TYPES = frozenset(
 _GENERIC_TYPE = "decoder"
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_CONTEXT = 2048
+_NEEDED_KEYS = ("hidden_size", "num_attention_heads", "vocab_size")
 _TRIAL_TIMEOUT_S = 600
 
 
@@ -77,6 +78,10 @@ def write_genai_config(folder: Path, source: SourceModel, progress: Progress) ->
         return None
     config = _read_json(config_path)
     config = {**config, **config.get("text_config", {})}
+    missing = [key for key in _NEEDED_KEYS if config.get(key) is None]
+    if missing:
+        progress.note(f"no genai_config.json: {config_path} lacks {', '.join(missing)}")
+        return None
     model = load_model(folder / MODEL_NAME)
     cache = _find_cache(model.graph)
     names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}

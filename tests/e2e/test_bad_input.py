@@ -210,6 +210,13 @@ def test_model_that_is_low_bit_already(
     refuse(MODEL, tmp_path / "first", *words, says=says)
 
 
+def test_config_that_is_no_json(refuse: Refuse, make_source: MakeSource) -> None:
+    path = make_source()
+    (path.parent / "config.json").write_text('{"model_type": ')
+    says = (str(path.parent / "config.json"), "not valid JSON", "restore it")
+    refuse(MODEL, path, says=says)
+
+
 # --- calibration ---------------------------------------------------------------------------
 
 
@@ -332,6 +339,12 @@ def test_output_that_is_there_already(refuse: Refuse, source: Path, scratch: Pat
     (out / "model.onnx").write_text("precious")
     refuse(PACKAGE, source, says=(str(out), "exists", "--force"))
     assert (out / "model.onnx").read_text() == "precious"
+
+
+def test_work_folder_that_cannot_be_made(refuse: Refuse, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    says = ("--work", str(tmp_path / "file" / "work"), "choose another folder")
+    refuse(PACKAGE, source, "--work", tmp_path / "file" / "work", says=says)
 
 
 # --- the call ------------------------------------------------------------------------------

@@ -87,6 +87,35 @@ def test_a_plan_is_not_carried_out_by_halves(
     assert "needs calibration statistics" in done.err
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("stats/stats.json", 8), ("stats/part-*", 4), ("plan/plan.json", 8), ("plan/scales*", 5)],
+)
+def test_damaged_artifacts(  # noqa: PLR0913, PLR0917 - fixtures
+    cli: Any, source: Path, scratch: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    stats, plan = tmp_path / "stats", tmp_path / "plan"
+    assert cli.quick("calibrate", source, "-o", stats).code == 0
+    assert cli.quick("plan", source, "-o", plan, "--stats", stats).code == 0
+    for path in tmp_path.glob(name):
+        path.write_bytes(path.read_bytes()[:50])
+    words = ("--plan", plan, "--stats", stats)
+    done = cli.quick("apply", source, "-o", scratch / "out", *words)
+    assert (done.code, list(scratch.iterdir())) == (code, []), done.err
+    assert str(tmp_path / name.partition("*")[0]) in done.err
+    assert "again" in done.err
+
+
+def test_config_without_what_genai_needs(
+    cli: Any, make_source: MakeSource, tmp_path: Path
+) -> None:
+    path = make_source()
+    (path.parent / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    done = cli.quick("convert", path, "-o", tmp_path / "out", "--method", "rtn")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out" / "genai_config.json").exists()
+
+
 # --- interrupted and resumed ---------------------------------------------------------------
 
 

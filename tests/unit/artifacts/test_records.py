@@ -12,6 +12,7 @@ from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan
 from faq_onnx.artifacts.record import fingerprint_bytes, fingerprint_file
 from faq_onnx.artifacts.sites import ModelCensus, Tie
 from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.errors import PackageError
 from faq_onnx.testing import TinyLlama, tiny_llama_census
 
 CENSUS = tiny_llama_census(TinyLlama(tie=Tie.SHARED, qkv_bias=True))
@@ -39,7 +40,9 @@ def test_records_are_frozen_and_strict(tmp_path: Path) -> None:
             {"code_bits": 4, "storage_bits": 4, "block_size": 32, "symmetric": True, "x": 1}
         )
     (tmp_path / "plan.json").write_text('{"embedding": "table"}', encoding="utf-8")
-    with pytest.raises(ValidationError, match="format"):
+    with pytest.raises(
+        PackageError, match=r"plan\.json: no EmbeddingPlan .*format: Field required"
+    ):
         EmbeddingPlan.load(tmp_path / "plan.json")
 
 
