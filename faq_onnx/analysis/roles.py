@@ -49,10 +49,14 @@ def roles_from_topology(groups: Sequence[FoundGroup]) -> dict[str, LinearRole]:
             roles.update(_attention_roles(group, producers, absorber.site))
         else:
             roles.update(_mlp_roles(group, producers, absorber.site))
-    for group in groups:
-        for member in group.members:
-            if member.site.name not in roles and _reaches_output(member.output):
-                roles[member.site.name] = LinearRole.LM_HEAD
+    heads = [
+        member.site.name
+        for group in groups
+        for member in group.members
+        if member.site.name not in roles and _reaches_output(member.output)
+    ]
+    if len(heads) == 1:  # a graph with several ends is no decoder, and none of them its head
+        roles[heads[0]] = LinearRole.LM_HEAD
     return roles
 
 
