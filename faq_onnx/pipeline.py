@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx_ir as ir
-
-from faq_onnx import __version__, checks, stages
+from faq_onnx import checks, run_report, stages
 from faq_onnx.artifacts.plan import QuantPlan
+from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
 from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
@@ -38,7 +34,6 @@ from faq_onnx.planning.planner import (
 )
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
-from faq_onnx.report.summary import summary_markdown
 from faq_onnx.targets.genai import check_generation, write_genai_config
 from faq_onnx.targets.package import (
     OutputFolder,
@@ -61,8 +56,6 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
-REPORT_NAME = "report.json"
-SUMMARY_NAME = "summary.md"
 
 
 @dataclasses.dataclass
@@ -134,7 +127,7 @@ def preview(
         )
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
-        size = _source_bytes(opened)
+        size = run_report.source_bytes(opened)
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
@@ -220,7 +213,7 @@ def verify(
         msg = f"{path}: no such file; give the OUT folder of a conversion or an .onnx file"
         raise PackageError(msg)
     logits = None
-    report_path = path.parent / REPORT_NAME
+    report_path = path.parent / run_report.REPORT_NAME
     if source is not None:
         config = QuantizeConfig()
         if report_path.is_file():
@@ -253,17 +246,26 @@ def _open(run: _Run, source: str) -> stages.OpenedModel:
 def _tokens(run: _Run, opened: stages.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
     """Calibration and held-out windows; the same held-out ones for every method."""
     settings = run.config.calibration
+    written = settings.source == "self"
     needed = calibrate and run.config.method is not Method.RTN
-    skip = settings.source == "self" and not needed
     with run.timed("tokens"):
-        return load_corpus(
+        wish = f"{opened.fingerprint} {settings} {run.config.verify.samples} {needed}"
+        key = fingerprint_bytes(wish.encode())
+        kept = run.work / f"self-text-{key[:16]}.npz"
+        if written and kept.is_file():
+            run.progress.note(f"taking the calibration text in {kept}")
+            return TokenWindows.load(kept)
+        windows = load_corpus(
             settings,
             source=opened.source,
             vocabulary=opened.vocabulary,
-            count=0 if skip else settings.samples,
+            count=0 if written and not needed else settings.samples,
             holdout=run.config.verify.samples,
             progress=run.progress,
         )
+        if written:
+            windows.save(kept)
+        return windows
 
 
 def _collector(run: _Run, opened: stages.OpenedModel) -> Collector:
@@ -300,7 +302,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
     folder: Path,
     force: bool,
 ) -> RunReport:
-    source_bytes = _source_bytes(opened)
+    source_bytes = run_report.source_bytes(opened)
     with run.timed("fold"):
         marks = stages.rtn_marks(opened, planned)
         error = _fold(run, opened, planned, reference)
@@ -328,7 +330,16 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         )
         for line in notes:
             run.progress.note(line)
-    return _report(run, opened, planned, report, folder=folder, sizes=(source_bytes, size))
+    result = run_report.make_report(
+        opened,
+        planned,
+        report,
+        config=run.config,
+        times=run.times,
+        totals=(source_bytes, size),
+    )
+    run_report.write_report(result, folder)
+    return result
 
 
 def _fold(
@@ -351,70 +362,10 @@ def _try_genai(folder: Path, reference: ReferenceLogits) -> bool | None:
     return check_generation(folder, prompt, GENERATION_STEPS)
 
 
-def _report(  # noqa: PLR0913 - one argument per source of a field
-    run: _Run,
-    opened: stages.OpenedModel,
-    planned: PlannedModel,
-    verification: VerificationReport,
-    *,
-    folder: Path,
-    sizes: tuple[int, int],
-) -> RunReport:
-    errors = {site.site: site for site in verification.sites}
-    sites = site_rows(opened.census, planned.plan, errors)
-    tables = embedding_rows(opened.census, planned.plan)
-    report = RunReport(
-        faq_onnx=__version__,
-        source=opened.source.given,
-        family=opened.census.family,
-        config=run.config,
-        fingerprints={
-            "model": opened.fingerprint,
-            "census": opened.census.fingerprint(),
-            "plan": planned.plan.fingerprint(),
-        },
-        versions=_versions(),
-        sites=sites,
-        embeddings=tables,
-        skipped=tuple((weight.node, weight.reason) for weight in opened.census.skipped),
-        warnings=opened.census.warnings,
-        totals=make_totals(sites, tables, source_bytes=sizes[0], output_bytes=sizes[1]),
-        stages=tuple(run.times),
-        peak_rss_bytes=_peak_rss_bytes(),
-        verification=verification,
-    )
-    report.save(folder / REPORT_NAME)
-    (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
-    return report
-
-
 def _open_stats(folder: Path | None, opened: stages.OpenedModel) -> CalibrationStats | None:
     if folder is None:
         return None
     return CalibrationStats.open(folder, census_fingerprint=opened.census.fingerprint())
-
-
-def _source_bytes(opened: stages.OpenedModel) -> int:
-    path = opened.source.onnx_path
-    inline = path.stat().st_size
-    external = {
-        Path(value.const_value.path).resolve()
-        for graph in opened.model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    external.discard(path.resolve())
-    return inline + sum(file.stat().st_size for file in external)
-
-
-def _versions() -> dict[str, str]:
-    names = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def _peak_rss_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager

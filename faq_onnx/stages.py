@@ -86,7 +86,7 @@ class OpenedModel:
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
     """Resolve, load, canonicalise and take stock of a source."""
-    resolved = resolve_source(source, work, progress)
+    resolved = _resolve(source, work, progress)
     model = load_model(resolved.onnx_path)
     try:
         canonicalise(model)
@@ -99,6 +99,22 @@ def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
     for warning in census.warnings:
         progress.note(warning)
     return OpenedModel(resolved, model, census, _fingerprint(model, resolved.onnx_path))
+
+
+def _resolve(source: str, work: Path, progress: Progress) -> SourceModel:
+    """`resolve_source`, or the export that an earlier run left in the work folder."""
+    record = work / "source.json"
+    if record.is_file():
+        earlier = SourceModel.load(record)
+        path = Path(source)
+        changed = path.exists() and path.stat().st_mtime > record.stat().st_mtime
+        if earlier.given == source and earlier.onnx_path.is_file() and not changed:
+            progress.note(f"{source}: taking the export in {earlier.onnx_path.parent}")
+            return earlier
+    resolved = resolve_source(source, work, progress)
+    if resolved.exported:
+        resolved.save(record)
+    return resolved
 
 
 @dataclasses.dataclass(frozen=True)

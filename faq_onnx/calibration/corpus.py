@@ -44,6 +44,19 @@ class TokenWindows:
     calibration: _Tokens
     heldout: _Tokens
 
+    def save(self, path: Path) -> None:
+        """Keep both in one .npz file; it appears complete or not at all."""
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, calibration=self.calibration, heldout=self.heldout)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> TokenWindows:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(calibration=arrays["calibration"], heldout=arrays["heldout"])
+
 
 def load_windows(
     config: CalibrationConfig,

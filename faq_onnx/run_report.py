@@ -1,0 +1,85 @@
+"""The record of a conversion: report.json and summary.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from faq_onnx import __version__
+from faq_onnx.artifacts.run import RunReport, StageTime
+from faq_onnx.artifacts.verification import VerificationReport
+from faq_onnx.config import QuantizeConfig
+from faq_onnx.planning.planner import PlannedModel
+from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
+from faq_onnx.report.summary import summary_markdown
+from faq_onnx.stages import OpenedModel
+
+__all__ = ["REPORT_NAME", "SUMMARY_NAME", "make_report", "source_bytes", "write_report"]
+
+REPORT_NAME = "report.json"
+SUMMARY_NAME = "summary.md"
+_PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
+
+
+def make_report(  # noqa: PLR0913 - one argument per source of a field
+    opened: OpenedModel,
+    planned: PlannedModel,
+    verification: VerificationReport,
+    *,
+    config: QuantizeConfig,
+    times: Sequence[StageTime],
+    totals: tuple[int, int],
+) -> RunReport:
+    """Everything about one conversion; `totals` are the bytes of source and output."""
+    errors = {site.site: site for site in verification.sites}
+    sites = site_rows(opened.census, planned.plan, errors)
+    tables = embedding_rows(opened.census, planned.plan)
+    return RunReport(
+        faq_onnx=__version__,
+        source=opened.source.given,
+        family=opened.census.family,
+        config=config,
+        fingerprints={
+            "model": opened.fingerprint,
+            "census": opened.census.fingerprint(),
+            "plan": planned.plan.fingerprint(),
+        },
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        sites=sites,
+        embeddings=tables,
+        skipped=tuple((weight.node, weight.reason) for weight in opened.census.skipped),
+        warnings=opened.census.warnings,
+        totals=make_totals(sites, tables, source_bytes=totals[0], output_bytes=totals[1]),
+        stages=tuple(times),
+        peak_rss_bytes=_peak_rss_bytes(),
+        verification=verification,
+    )
+
+
+def write_report(report: RunReport, folder: Path) -> None:
+    """Write report.json, and summary.md for people."""
+    report.save(folder / REPORT_NAME)
+    (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
+
+
+def source_bytes(opened: OpenedModel) -> int:
+    """Size of the ONNX file and of the files that hold its weights."""
+    path = opened.source.onnx_path
+    external = {
+        Path(value.const_value.path).resolve()
+        for graph in opened.model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    external.discard(path.resolve())
+    return path.stat().st_size + sum(file.stat().st_size for file in external)
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
