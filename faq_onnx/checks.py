@@ -84,12 +84,16 @@ def compare_to_reference(
 
 
 def verify_file(
-    path: Path, logits: LogitMetrics | None, sites: Sequence[SiteError], error: float | None
+    path: Path,
+    logits: LogitMetrics | None,
+    sites: Sequence[SiteError],
+    error: float | None,
+    progress: Progress,
 ) -> VerificationReport:
     """Structure and kernels of a written model, joined with what was measured before."""
     return VerificationReport(
         structure=check_structure(path),
-        kernels=check_kernels(path),
+        kernels=check_kernels(path, progress=progress),
         logits=logits,
         sites=tuple(sites),
         fold_error=error,
@@ -137,6 +141,16 @@ def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[
                 f"--method {config.method} changed nothing: the codes of all {same} sites equal "
                 "round-to-nearest. Calibrate on more or other text, or use --method rtn"
             )
+
+
+def generation_note(matches: bool | None) -> str:
+    """A sentence where onnxruntime-genai was tried and did not do as onnxruntime does."""
+    if matches is not False:
+        return ""
+    return (
+        "onnxruntime-genai does not load this package or generates other tokens than a plain "
+        "onnxruntime loop; -v shows its reason. The model itself is as verified"
+    )
 
 
 def slow_note(structure: StructureCheck) -> str:

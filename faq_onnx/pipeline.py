@@ -224,7 +224,7 @@ def verify(
             windows = _tokens(run, opened, calibrate=False)
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
             logits = checks.compare_to_reference(path, reference, progress)
-    return checks.verify_file(path, logits, (), None)
+    return checks.verify_file(path, logits, (), None, progress)
 
 
 def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
@@ -319,17 +319,16 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         write_genai_config(folder, opened.source, run.progress)
     with run.timed("verify"):
         logits = checks.compare_to_reference(folder / "model.onnx", reference, run.progress)
-        report = checks.verify_file(folder / "model.onnx", logits, quantized.errors, error)
-        notes = [*checks.judge(report, run.config, force=force)]
-        notes += [note] if (note := checks.slow_note(report.structure)) else []
-        report = report.model_copy(
-            update={
-                "notes": tuple(notes),
-                "generation_matches": _try_genai(folder, reference),
-            }
+        report = checks.verify_file(
+            folder / "model.onnx", logits, quantized.errors, error, run.progress
         )
-        for line in notes:
-            run.progress.note(line)
+        notes = [*checks.judge(report, run.config, force=force)]
+        matches = _try_genai(run, folder, reference)
+        notes += [checks.slow_note(report.structure), checks.generation_note(matches)]
+        notes = [note for note in notes if note]
+        report = report.model_copy(update={"notes": tuple(notes), "generation_matches": matches})
+        for note in notes:
+            run.progress.note(note)
     result = run_report.make_report(
         opened,
         planned,
@@ -357,9 +356,12 @@ def _fold(
     return error
 
 
-def _try_genai(folder: Path, reference: ReferenceLogits) -> bool | None:
+def _try_genai(run: _Run, folder: Path, reference: ReferenceLogits) -> bool | None:
     prompt = [int(token) for token in reference.windows[0, :8]]
-    return check_generation(folder, prompt, GENERATION_STEPS)
+    with run.progress.stage("try onnxruntime-genai", 1, "runs") as advance:
+        matches = check_generation(folder, prompt, GENERATION_STEPS)
+        advance(1)
+    return matches
 
 
 def _open_stats(folder: Path | None, opened: stages.OpenedModel) -> CalibrationStats | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import demo_show
 import numpy as np
 
-from faq_onnx import pipeline, stages
+from faq_onnx import pipeline, run_report, stages
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig, VerifyConfig
@@ -126,7 +126,6 @@ class Demo:
                 return output, old
             # FAQ and AWQ read the same statistics: the second finds the first one's in the folder.
             work = self.folder / "work" / ("rtn" if method is Method.RTN else "calibrated")
-            shutil.rmtree(work / "check", ignore_errors=True)  # AWQ's folded model is not FAQ's
             self.progress.note(f"--- {method.upper()}, 4 bits, blocks of {config.block_size}")
             report = pipeline.convert(
                 str(model), output, config, progress=self.progress, force=True, work=work
@@ -230,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read_report(folder: Path) -> RunReport | None:
     """The report of a finished package; None if there is none that this version can read."""
-    path = folder / pipeline.REPORT_NAME
+    path = folder / run_report.REPORT_NAME
     try:
         return RunReport.load(path) if path.is_file() else None
     except (FaqOnnxError, ValueError):

@@ -80,7 +80,7 @@ def _run_worker(
         environment["HF_HUB_OFFLINE"] = "1"
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
-        progress.stage(f"export {given}", _STEPS, "step") as advance,
+        progress.stage(f"export {Path(given).name}", _STEPS, "step") as advance,
         subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,
             env=environment,

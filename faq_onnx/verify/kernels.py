@@ -55,7 +55,7 @@ def check_kernels(path: Path, *, progress: Progress = SILENT) -> KernelCheck:
     model = load_model(path)
     nodes = list(low_bit_nodes(model))
     worst, worst_node = -1.0, ""
-    with progress.stage("Checking kernels", len(nodes), "nodes") as advance:
+    with progress.stage("check kernels", len(nodes), "nodes") as advance:
         for node in nodes:
             step = max(1, PIECE_ELEMENTS // max(1, node.spec.in_features))
             for start in range(0, node.rows, step):
