@@ -41,6 +41,12 @@ TRAIL: dict[str, dict[str, object]] = {
     "faq all roles": {"faq": {**BASE, "roles": ALL_ROLES}},
     "faq mlp only": {"faq": {**BASE, "roles": ["mlp_input"]}},
     "faq attention only": {"faq": {**BASE, "roles": ["attention_input"]}},
+    "faq window 8": {"faq": {**BASE, "window": 8}},
+    "faq window 5, o_proj not scaled": {
+        "faq": {**BASE, "window": 5},
+        "scale": {"share_heads": False},
+    },
+    "faq fusion 0.7 window 5": {"faq": {**BASE, "fusion": 0.7, "window": 5}},
     "faq fusion 0.5 window 1": {"faq": {**BASE, "fusion": 0.5, "window": 1}},
     "faq fusion 0.3 window 5": {"faq": {**BASE, "fusion": 0.3, "window": 5}},
 }
@@ -64,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         for bits, block_size in args.formats:
             awq: tuple[float, ...] | None = None
             for name, settings in TRAIL.items():
+                if args.only and name not in args.only:
+                    continue
                 wish = {"method": "faq", "bits": bits, "block_size": block_size, **settings}
                 config = QuantizeConfig.model_validate(
                     {"lm_head": "keep", "embedding": "keep", **wish}
@@ -101,6 +109,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--formats", nargs="+", type=_format, default=[(4, 32), (3, 64)])
+    parser.add_argument("--only", nargs="+", choices=TRAIL, help="these configurations only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
