@@ -74,8 +74,6 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
     options = ort.SessionOptions()
     options.log_severity_level = INFO_LEVEL if verbose else FATAL_LEVEL
     options.use_deterministic_compute = True
-    # weights dominate; the arena would hold on to the peak of activations
-    options.enable_cpu_mem_arena = False
     if threads is not None:
         options.intra_op_num_threads = threads
     if not prepack:
