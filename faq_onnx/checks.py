@@ -61,7 +61,7 @@ def check_fold(error: float, dtypes: Iterable[str], layers: int) -> None:
         msg = (
             f"folding the channel scales changed the float model's logits by {error:.2g} of their "
             f"size (at most {tolerance:.0e} is rounding): this graph shares or hides something "
-            "that the analysis did not see. Use --method rtn, or --no-share-heads, and please "
+            "that the analysis did not see. Use --method rtn, and please "
             "report the model"
         )
         raise VerificationError(msg)

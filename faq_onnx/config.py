@@ -57,7 +57,7 @@ class ScaleConfig(_Section):
     """Exponents tried: 0, 1/n, ... (n-1)/n; 0 is the identity and always among them."""
     clip: bool = True
     """Search a clipping ratio per block after scaling (AWQ's auto_clip)."""
-    share_heads: bool = True
+    share_heads: bool = False
     """Under grouped-query attention, scale o_proj with one scale per group of repeated heads."""
     insert_mul: bool = False
     """Where no producer can absorb a scale, insert a Mul in front of the sites."""
@@ -70,7 +70,7 @@ class FaqConfig(_Section):
     """One future layer at offset `window`, or the mean of the next `window` layers."""
     fusion: Annotated[float, Field(ge=0.0, le=1.0)] = 0.85
     """Weight of the current layer's statistic; 1 gives AWQ exactly."""
-    window: Annotated[int, Field(ge=1)] = 3
+    window: Annotated[int, Field(ge=1)] = 5
     """Future layers looked at."""
     roles: tuple[
         Literal["attention_input", "attention_output", "mlp_input", "mlp_hidden"], ...

@@ -22,6 +22,7 @@ from faq_onnx.report.progress import make_progress
 ALL_ROLES = ["attention_input", "attention_output", "mlp_input", "mlp_hidden"]
 RESIDUAL = ["attention_input", "mlp_input"]
 BASE = {"fusion": 0.85, "window": 3, "preview": "window", "normalisation": "mean"}
+SCALED = {"share_heads": True}  # the trail began with o_proj scaled; the default came out of it
 TRAIL: dict[str, dict[str, object]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
@@ -72,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
             for name, settings in TRAIL.items():
                 if args.only and name not in args.only:
                     continue
+                scale = {**SCALED, **settings.get("scale", {})}  # type: ignore[dict-item]
                 wish = {"method": "faq", "bits": bits, "block_size": block_size, **settings}
+                wish["scale"] = scale
                 config = QuantizeConfig.model_validate(
                     {"lm_head": "keep", "embedding": "keep", **wish}
                 )

@@ -414,11 +414,15 @@ def test_fusion_1_is_awq_bit_for_bit(cli: Any, source: Path, tmp_path: Path) -> 
 
 
 def test_awq_is_nearer_to_the_source_than_rtn(cli: Any, source: Path, tmp_path: Path) -> None:
-    """The tiny model has outlier channels 12 times the others: scales must pay off."""
+    """The tiny model has outlier channels 12 times the others: scales must pay off.
+
+    Some are in front of o_proj, which is scaled on request only.
+    """
     found = {}
     for method in ("rtn", "awq"):
         out = tmp_path / method
-        assert cli.quick("convert", source, "-o", out, "--method", method).code == 0
+        words = ("--method", method, "--share-heads")
+        assert cli.quick("convert", source, "-o", out, *words).code == 0
         found[method] = kl(RunReport.load(out / "report.json"))
     assert found["awq"] < found["rtn"] / 2
 

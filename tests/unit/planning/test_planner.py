@@ -21,7 +21,9 @@ from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 from faq_onnx.testing import TinyLlama
 
 Make = Callable[..., Any]
-AWQ = QuantizeConfig(method=Method.AWQ, scale=ScaleConfig(grid_points=5), lm_head="4")
+AWQ = QuantizeConfig(
+    method=Method.AWQ, scale=ScaleConfig(grid_points=5, share_heads=True), lm_head="4"
+)
 
 
 def _plan(inputs: Any, config: QuantizeConfig) -> PlannedModel:
