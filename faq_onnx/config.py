@@ -49,10 +49,6 @@ class CalibrationConfig(_Section):
 class ScaleConfig(_Section):
     """The search for channel scales, common to AWQ and FAQ."""
 
-    objective: Literal["gram", "module"] = "gram"
-    """What a candidate scale is judged by: the sites' outputs through the Gram matrix, or the
-    output of the attention or MLP module.
-    """
     grid_points: Annotated[int, Field(ge=1, le=200)] = 20
     """Exponents tried: 0, 1/n, ... (n-1)/n; 0 is the identity and always among them."""
     clip: bool = True

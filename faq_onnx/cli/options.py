@@ -80,7 +80,6 @@ SCALES = Group(
         "faq.window": ("--faq-window",),
         "faq.roles": ("--faq-role",),
         "faq.normalisation": ("--faq-normalisation",),
-        "scale.objective": ("--scale-objective",),
         "scale.grid_points": ("--grid-points",),
         "scale.clip": ("--clip", "--no-clip"),
         "scale.share_heads": ("--share-heads", "--no-share-heads"),

@@ -51,7 +51,7 @@ def test_method_settings() -> None:
     config = _config(
         *("--faq-preview", "layer", "--faq-fusion", "1", "--faq-window", "2"),
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
-        *("--scale-objective", "module", "--grid-points", "10", "--no-clip"),
+        *("--grid-points", "10", "--no-clip"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
     assert config.faq.model_dump() == {
@@ -62,7 +62,6 @@ def test_method_settings() -> None:
         "normalisation": "max",
     }
     assert config.scale.model_dump() == {
-        "objective": "module",
         "grid_points": 10,
         "clip": False,
         "share_heads": False,
