@@ -7,7 +7,7 @@ import math
 
 import onnx_ir as ir
 
-from faq_onnx.analysis.names import layer_from_text, node_texts, role_from_text
+from faq_onnx.analysis.names import node_texts, role_from_text
 from faq_onnx.analysis.operands import (
     FLOAT_TYPES,
     Constant,
@@ -18,6 +18,7 @@ from faq_onnx.analysis.operands import (
     is_op,
 )
 from faq_onnx.artifacts.sites import LinearRole, LinearSite, SkippedWeight, WeightLayout
+from faq_onnx.graph.names import layer_from_text
 
 __all__ = ["FoundSite", "find_linear_sites", "find_skipped"]
 

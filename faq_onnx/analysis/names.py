@@ -1,4 +1,4 @@
-"""Roles and layers from what exporters write into names and metadata."""
+"""Roles from what exporters write into names and metadata."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from faq_onnx.artifacts.sites import LinearRole
+from faq_onnx.graph.names import node_paths
 
-__all__ = ["layer_from_text", "node_texts", "role_from_text"]
+__all__ = ["node_texts", "role_from_text"]
 
 # Last component of a module path -> role. Names that mean different things in different
 # families (c_proj, dense, w1) are left to the topology.
@@ -28,17 +29,11 @@ _PACKED: dict[frozenset[LinearRole], LinearRole] = {
     frozenset((LinearRole.GATE_PROJ, LinearRole.UP_PROJ)): LinearRole.GATE_UP_PROJ,
 }
 _SEPARATORS = re.compile(r"(?:[/.:,'\"\[\]\s]|__)+")
-_LAYER = re.compile(r"(?:^|[/._'\" ])(?:layers?|h|blocks?)[./_](\d+)(?=$|[/._'\" :,])")
-_SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "pkg.onnxscript.name_scopes", "namespace")
 
 
 def node_texts(node: ir.Node, weight: str) -> Iterator[str]:
     """What may tell the job of a node, most trustworthy first."""
-    if node.name:
-        yield node.name
-    for key in _SCOPE_KEYS:
-        if key in node.metadata_props:
-            yield node.metadata_props[key]
+    yield from node_paths(node)
     yield weight
 
 
@@ -52,9 +47,3 @@ def role_from_text(text: str) -> LinearRole | None:
         if parts <= set(roles):
             return packed
     return roles[-1] if roles else None
-
-
-def layer_from_text(text: str) -> int | None:
-    """N of the last `layers.N` in a path."""
-    found = _LAYER.findall(text)
-    return int(found[-1]) if found else None

@@ -7,15 +7,14 @@ layers, part L + 1 everything behind them. A graph without layers is one part.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-__all__ = ["Part", "cut_model", "extract_part", "node_layer_index"]
+from faq_onnx.graph.names import node_layer_index
 
-_LAYER = re.compile(r"(?:^|[/._])(?:layers?|blocks?|h)[./](\d+)(?:[/._]|$)")
-_SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
+__all__ = ["Part", "cut_model", "extract_part"]
+
 # What these operators return depends on shapes alone, not on the numbers.
 _SHAPE_OPS = frozenset({"Shape", "Size"})
 
@@ -38,16 +37,6 @@ class Part:
     outputs: tuple[str, ...]
     produces: frozenset[str]
     varying: frozenset[str]
-
-
-def node_layer_index(node: ir.Node) -> int | None:
-    """Decoder layer that the node's name, or the scope its exporter recorded, speaks of."""
-    texts = [node.name or "", *(node.metadata_props.get(key, "") for key in _SCOPE_KEYS)]
-    for text in texts:
-        found = _LAYER.findall(text)
-        if found:
-            return int(found[-1])
-    return None
 
 
 def cut_model(model: ir.Model, layer_of: Mapping[str, int], head: Iterable[str]) -> list[Part]:

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.sites import LinearRole
-from faq_onnx.graph.cut import Part, cut_model, extract_part, node_layer_index
+from faq_onnx.graph.cut import Part, cut_model, extract_part
+from faq_onnx.graph.names import node_layer_index
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session
 from faq_onnx.testing import TinyLlama, tiny_llama_census, tiny_llama_onnx
