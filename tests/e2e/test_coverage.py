@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from onnx_ir.passes import common
 
 K, N, VOCABULARY, SEQUENCE = 128, 64, 96, 5
 STEP = 0.125
@@ -93,7 +94,7 @@ def build() -> tuple[ir.Model, list[str], dict[str, str]]:
     _add_shared(b, ids)
     _add_branches(b, condition)
     _add_left_alone(b)
-    model = ir.passes.common.ShapeInferencePass()(ir.Model(graph, ir_version=10)).model
+    model = common.ShapeInferencePass()(ir.Model(graph, ir_version=10)).model
     return model, b.converted, b.left_alone
 
 
