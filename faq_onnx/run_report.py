@@ -10,7 +10,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from faq_onnx import __version__
 from faq_onnx.artifacts.run import RunReport, StageTime
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.config import QuantizeConfig
@@ -40,7 +39,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
     sites = site_rows(opened.census, planned.plan, errors)
     tables = embedding_rows(opened.census, planned.plan)
     return RunReport(
-        faq_onnx=__version__,
+        faq_onnx=importlib.metadata.version("faq-onnx"),
         source=opened.source.given,
         family=opened.census.family,
         config=config,
