@@ -41,14 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.formats:
             bits, block_size = FORMATS[name]
             if args.outside and bits in {4, 8}:
-                path = folder / "outside.onnx"
-                quality.write_onnxruntime_rtn(
-                    bench.opened.source.onnx_path, path, bits, block_size
-                )
-                figures = [
-                    quality.evaluate_file(f"onnxruntime {name}", path, bench.reference, level)
-                    for level in args.levels
-                ]
+                path, source = folder / "outside.onnx", bench.opened.source.onnx_path
+                figures = []
+                for level in args.levels:
+                    quality.write_onnxruntime_rtn(source, path, bits, block_size, level)
+                    name_of = f"onnxruntime {name}"
+                    figures.append(quality.evaluate_file(name_of, path, bench.reference, level))
                 quality.append_results(args.json, figures, model=args.model)
                 _show(figures)
             for method in args.methods:
@@ -104,7 +102,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 0])
     parser.add_argument("--lm-head", default="keep")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")

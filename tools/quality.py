@@ -175,7 +175,9 @@ class Bench:
         return dataclasses.replace(self.opened, model=model)
 
 
-def write_onnxruntime_rtn(source: Path, path: Path, bits: int, block_size: int) -> None:
+def write_onnxruntime_rtn(
+    source: Path, path: Path, bits: int, block_size: int, level: int
+) -> None:
     """The same model through onnxruntime's MatMulNBitsQuantizer (DEFAULT, asymmetric)."""
     import onnx  # noqa: PLC0415 - only this reference needs it
     from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: PLC0415
@@ -184,7 +186,7 @@ def write_onnxruntime_rtn(source: Path, path: Path, bits: int, block_size: int) 
     )
 
     settings = DefaultWeightOnlyQuantConfig(
-        block_size=block_size, is_symmetric=False, accuracy_level=4, bits=bits
+        block_size=block_size, is_symmetric=False, accuracy_level=level, bits=bits
     )
     tool = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=settings)
     tool.process()
@@ -193,9 +195,7 @@ def write_onnxruntime_rtn(source: Path, path: Path, bits: int, block_size: int) 
 
 def evaluate_file(name: str, path: Path, reference: ReferenceLogits, level: int) -> Figure:
     """Compare a written model with the float logits."""
-    # float32 activations by session option: the file's own accuracy_level may be any
-    config = {"mlas.qnbit.force_fp32": "1"} if level == 0 else {}
-    session = open_session(path, config=config)
+    session = open_session(path)
     total, windows = LogitComparison(), []
     for ids, logits in reference:
         output = session.get_outputs()[0].name
