@@ -105,8 +105,11 @@ class ScalePlanner:
     ) -> list[GroupChoice]:
         """Decide for every group, in census order; `applications` from `scaled_groups`."""
         cost = {g.name: self._cost(g, applications[g.name]) for g in self.census.groups}
+        total = sum(cost.values())
+        if not total:
+            return [self._choose(group, ScaleApplication.NONE) for group in self.census.groups]
         choices = []
-        with progress.stage("choose scales", sum(cost.values()) or 1, "steps") as advance:
+        with progress.stage("choose scales", total, "steps") as advance:
             for group in self.census.groups:
                 choices.append(self._choose(group, applications[group.name]))
                 advance(cost[group.name])
