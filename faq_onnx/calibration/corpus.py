@@ -25,7 +25,7 @@ from faq_onnx.config import CalibrationConfig
 from faq_onnx.errors import CorpusError
 from faq_onnx.progress import Progress
 
-__all__ = ["TokenWindows", "load_corpus", "load_windows"]
+__all__ = ["TokenWindows", "load_corpus"]
 
 _Tokens = npt.NDArray[np.int64]
 _PIECE_BYTES = 1 << 16  # a line longer than this is tokenised in pieces
@@ -56,20 +56,6 @@ class TokenWindows:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(calibration=arrays["calibration"], heldout=arrays["heldout"])
-
-
-def load_windows(
-    config: CalibrationConfig,
-    *,
-    source: SourceModel,
-    vocabulary: int,
-    count: int,
-    progress: Progress,
-) -> _Tokens:
-    """Token windows [windows, sequence_length] without a held-out part; see `load_corpus`."""
-    return load_corpus(
-        config, source=source, vocabulary=vocabulary, count=count, holdout=0, progress=progress
-    ).calibration
 
 
 def load_corpus(  # noqa: PLR0913 - keyword-only, one call site

@@ -1,1 +1,1 @@
-"""Is the result right: structure, kernels, logits, and is it more than round-to-nearest?"""
+"""Is the result right: structure, kernels, logits."""
