@@ -267,7 +267,8 @@ _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
 def _mul_before(node: ir.Node, activation: ir.Value, inverse: ir.Value, group: str) -> ir.Value:
     """Activation times inverse, right before `node`."""
     mul = ir.node("Mul", [activation, inverse], name=f"/{group}/Mul")
-    mul.outputs[0].name = f"{activation.name}_scaled"
+    # two groups may read one activation, each with its own scale
+    mul.outputs[0].name = f"{group}/{activation.name}_scaled"
     mul.outputs[0].type, mul.outputs[0].shape = activation.type, activation.shape
     assert node.graph is not None
     node.graph.insert_before(node, mul)
