@@ -1,0 +1,126 @@
+"""Laws of error-compensating rounding, for every weight, Gram matrix and format."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.quant.formats import CODE_BITS, block_format
+from faq_onnx.quant.gptq import DAMPINGS, GramFactor, choose_damping, round_gptq
+from faq_onnx.quant.uniform import BlockGrid, code_limits, dequantize, minmax_grid, to_blocks
+from faq_onnx.quant.uniform import round_to_grid as nearest_codes
+
+pytestmark = pytest.mark.property
+FEW = settings(max_examples=40, deadline=None)
+Array = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A weight [N, K] with its grids, and the Gram matrix of what it meets."""
+
+    weight: Array
+    fmt: BlockFormat
+    grid: BlockGrid
+    gram: Array
+
+    @property
+    def nearest(self) -> Codes:
+        """Codes of round-to-nearest."""
+        return nearest_codes(to_blocks(self.weight, self.fmt.block_size), self.grid, self.fmt)
+
+    def losses(self, codes: Codes, grid: BlockGrid | None = None) -> npt.NDArray[np.float64]:
+        """Loss d G d^T of each row, in float64."""
+        whole = dequantize(codes, grid or self.grid).reshape(len(self.weight), -1)
+        error = whole[:, : self.weight.shape[1]].astype(np.float64) - self.weight
+        product = error @ self.gram.astype(np.float64)
+        losses: npt.NDArray[np.float64] = np.einsum("nk,nk->n", product, error)
+        return losses
+
+    @property
+    def slack(self) -> npt.NDArray[np.float64]:
+        """Float32 doubt about a row's loss: K^2 terms, each no larger than the largest."""
+        count = self.weight.shape[1]
+        step = np.abs(self.grid.scale).max(axis=1).astype(np.float64)
+        size = np.abs(self.weight).max(axis=1) + step * 2.0**self.fmt.code_bits
+        doubt: npt.NDArray[np.float64] = count**2 * 2.0**-23 * size**2 * self.gram.max()
+        return doubt
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, bits: tuple[int, ...] = CODE_BITS) -> Case:
+    """Weights with outliers; Gram matrices of few or many tokens, with dead and huge channels."""
+    fmt = block_format(
+        draw(st.sampled_from(bits)), draw(st.sampled_from([16, 32])), symmetric=draw(st.booleans())
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 100))
+    weight = rng.standard_t(3, size=(rows, columns)).astype(np.float32)
+    mixing = rng.normal(size=(columns, columns)) * rng.lognormal(0, 2, size=columns)
+    tokens = rng.normal(size=(draw(st.integers(1, 200)), columns)) @ mixing
+    tokens[:, rng.random(columns) < draw(st.sampled_from([0.0, 0.3]))] = 0
+    gram = (tokens.T @ tokens / len(tokens)).astype(np.float32)
+    dtype = draw(st.sampled_from([np.float32, np.float16]))
+    return Case(weight, fmt, minmax_grid(to_blocks(weight, fmt.block_size), fmt, dtype), gram)
+
+
+@FEW
+@given(cases(), st.sampled_from([0.0, 0.01, 1.0]))
+def test_no_row_loses_more_than_nearest(case: Case, damping: float) -> None:
+    codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, damping))
+    assert (case.losses(codes) <= case.losses(case.nearest) + case.slack).all()
+
+
+@FEW
+@given(cases(), st.booleans())
+def test_channels_without_correlation_are_rounded_to_nearest(case: Case, same: bool) -> None:
+    diagonal = np.ones(len(case.gram)) if same else np.diagonal(case.gram)
+    factor = GramFactor.of(np.diag(diagonal).astype(np.float32), 0.01)
+    codes = round_gptq(case.weight, case.grid, case.fmt, factor)
+    np.testing.assert_array_equal(codes, case.nearest)
+
+
+@FEW
+@given(cases())
+def test_endless_damping_is_nearest(case: Case) -> None:
+    codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 1e12))
+    np.testing.assert_array_equal(codes, case.nearest)
+
+
+@FEW
+@given(cases())
+def test_codes_keep_to_their_limits_and_padding_to_the_zero_point(case: Case) -> None:
+    codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 0.01))
+    lowest, highest = code_limits(case.fmt)
+    assert lowest <= codes.min() <= codes.max() <= highest
+    flat = codes.reshape(len(codes), -1)[:, case.weight.shape[1] :]
+    np.testing.assert_array_equal(flat, np.broadcast_to(case.grid.zero_point[:, -1:], flat.shape))
+
+
+@FEW
+@given(cases())
+def test_the_same_input_gives_the_same_bytes(case: Case) -> None:
+    first, second = (
+        round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 0.01)).tobytes()
+        for _ in range(2)
+    )
+    assert first == second
+
+
+@FEW
+@given(cases())
+def test_the_chosen_damping_beats_nearest_on_held_out_text(case: Case) -> None:
+    held_out = case.gram + np.diag(np.diagonal(case.gram))
+    factors = [GramFactor.of(case.gram, damping) for damping in DAMPINGS]
+    codes, damping = choose_damping(case.weight, case.grid, case.fmt, factors, held_out)
+    judged = dataclasses.replace(case, gram=held_out)
+    assert judged.losses(codes).sum() <= judged.losses(case.nearest).sum() + judged.slack.sum()
+    if damping is None:
+        np.testing.assert_array_equal(codes, case.nearest)
