@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.quant.objective import block_errors
 from faq_onnx.quant.uniform import fake_quantize
 
 __all__ = ["clip_blocks"]
@@ -54,16 +55,8 @@ def _clip_rows(
         clamped = np.clip(blocks, -candidate, candidate)
         delta = fake_quantize(clamped, fmt, out=clamped, scale_dtype=scale_dtype)
         delta -= blocks
-        error = _block_errors(delta, grams)
+        error = block_errors(delta, grams)
         better = error < best_error
         best_error[better] = error[better]
         best_limit[better] = candidate[better]
     return np.clip(blocks, -best_limit, best_limit)
-
-
-def _block_errors(delta: Blocks, grams: Blocks) -> Blocks:
-    """Error d G_b d^T of each block: float32 [N, k_blocks]."""
-    by_block = np.ascontiguousarray(delta.transpose(1, 0, 2))
-    product = np.matmul(by_block, grams)
-    errors: Blocks = np.einsum("bnk,bnk->nb", product, by_block, optimize=False)
-    return errors

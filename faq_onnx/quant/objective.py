@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["block_grams", "output_energy", "scale_gram"]
+__all__ = ["block_errors", "block_grams", "output_energy", "scale_gram"]
 
 Matrix = npt.NDArray[np.float32]
 
@@ -41,3 +41,16 @@ def block_grams(gram: Matrix, block_size: int) -> Matrix:
         part = part[:, index * block_size : (index + 1) * block_size]
         blocks[index, : part.shape[0], : part.shape[1]] = part
     return blocks
+
+
+def block_errors(delta: Matrix, grams: Matrix) -> Matrix:
+    """Error d G_b d^T of each block alone: float32 [N, k_blocks].
+
+    Args:
+        delta: float32 [N, k_blocks, block], w^ - w.
+        grams: Diagonal blocks of the Gram matrix, float32 [k_blocks, block, block].
+    """
+    by_block = np.ascontiguousarray(delta.transpose(1, 0, 2))
+    product = np.matmul(by_block, grams)
+    errors: Matrix = np.einsum("bnk,bnk->nb", product, by_block, optimize=False)
+    return errors

@@ -32,6 +32,7 @@ __all__ = [
     "quantize_rtn",
     "range_grid",
     "round_to_grid",
+    "storable_scale",
     "to_blocks",
     "to_quantized_weight",
     "unpack_weight",
@@ -102,12 +103,12 @@ def range_grid(
     if fmt.symmetric:
         signed = np.where(high > -low, high, low)
         wished: Floats = np.divide(signed, np.float32(-(1 << (fmt.code_bits - 1))))
-        scale = _storable(wished, scale_dtype)
+        scale = storable_scale(wished, scale_dtype)
         middle = np.float32(1 << (fmt.storage_bits - 1))
         return BlockGrid(scale, np.full(scale.shape, middle, np.float32))
     levels = np.float32((1 << fmt.code_bits) - 1)
     span: Floats = np.divide(high - low, levels)
-    scale = _storable(span, scale_dtype)
+    scale = storable_scale(span, scale_dtype)
     # onnxruntime takes the zero point from the scale before it is rounded to float16
     divisor = np.where(span > 0, span, np.float32(1))
     zero_point = np.floor(np.float32(0) - low / divisor + HALF)
@@ -253,7 +254,7 @@ def _round(columns: Floats, scale: Floats, zero_point: Floats, fmt: BlockFormat)
     np.clip(columns, np.float32(lowest), np.float32(highest), out=columns)
 
 
-def _storable(scale: Floats, scale_dtype: npt.DTypeLike) -> Floats:
+def storable_scale(scale: Floats, scale_dtype: npt.DTypeLike) -> Floats:
     """Round scales to the stored dtype, keeping them finite, off zero and invertible."""
     dtype = np.dtype(scale_dtype)
     limits = np.finfo(np.float16 if dtype == np.float16 else np.float32)
