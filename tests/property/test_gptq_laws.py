@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.formats import CODE_BITS, block_format
 from faq_onnx.quant.gptq import DAMPINGS, GramFactor, choose_damping, round_gptq
+from faq_onnx.quant.refit import descend_codes, refit_scales
 from faq_onnx.quant.uniform import BlockGrid, code_limits, dequantize, minmax_grid, to_blocks
 from faq_onnx.quant.uniform import round_to_grid as nearest_codes
 
@@ -30,11 +31,14 @@ class Case:
     fmt: BlockFormat
     grid: BlockGrid
     gram: Array
+    scale_dtype: type[np.floating]
 
     @property
     def nearest(self) -> Codes:
         """Codes of round-to-nearest."""
-        return nearest_codes(to_blocks(self.weight, self.fmt.block_size), self.grid, self.fmt)
+        codes = nearest_codes(to_blocks(self.weight, self.fmt.block_size), self.grid, self.fmt)
+        codes.flags.writeable = False
+        return codes
 
     def losses(self, codes: Codes, grid: BlockGrid | None = None) -> npt.NDArray[np.float64]:
         """Loss d G d^T of each row, in float64."""
@@ -67,8 +71,11 @@ def cases(draw: st.DrawFn, *, bits: tuple[int, ...] = CODE_BITS) -> Case:
     tokens = rng.normal(size=(draw(st.integers(1, 200)), columns)) @ mixing
     tokens[:, rng.random(columns) < draw(st.sampled_from([0.0, 0.3]))] = 0
     gram = (tokens.T @ tokens / len(tokens)).astype(np.float32)
-    dtype = draw(st.sampled_from([np.float32, np.float16]))
-    return Case(weight, fmt, minmax_grid(to_blocks(weight, fmt.block_size), fmt, dtype), gram)
+    dtype: type[np.floating] = np.float16 if draw(st.booleans()) else np.float32
+    grid = minmax_grid(to_blocks(weight, fmt.block_size), fmt, dtype)
+    for array in (weight, gram, grid.scale, grid.zero_point):
+        array.flags.writeable = False  # nothing may work in its input's memory
+    return Case(weight, fmt, grid, gram, dtype)
 
 
 @FEW
@@ -124,3 +131,57 @@ def test_the_chosen_damping_beats_nearest_on_held_out_text(case: Case) -> None:
     assert judged.losses(codes).sum() <= judged.losses(case.nearest).sum() + judged.slack.sum()
     if damping is None:
         np.testing.assert_array_equal(codes, case.nearest)
+
+
+@FEW
+@given(cases(), st.booleans())
+def test_new_scales_raise_no_row_and_can_be_stored(case: Case, compensate: bool) -> None:
+    codes = case.nearest
+    if compensate:
+        codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 0.01))
+    grid = refit_scales(case.weight, codes, case.grid, case.gram, case.scale_dtype)
+    assert (case.losses(codes, grid) <= case.losses(codes) + case.slack).all()
+    np.testing.assert_array_equal(grid.scale, grid.scale.astype(case.scale_dtype))
+    np.testing.assert_array_equal(np.sign(grid.scale), np.sign(case.grid.scale))
+    np.testing.assert_array_equal(grid.zero_point, case.grid.zero_point)
+
+
+@FEW
+@given(cases(), st.booleans())
+def test_descent_raises_no_row_and_keeps_to_the_levels(case: Case, compensate: bool) -> None:
+    codes = case.nearest
+    if compensate:
+        codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 0.01))
+    lower = descend_codes(case.weight, codes, case.grid, case.gram, case.fmt)
+    assert (case.losses(lower) <= case.losses(codes) + case.slack).all()
+    lowest, highest = code_limits(case.fmt)
+    assert lowest <= lower.min() <= lower.max() <= highest
+    flat, before = (c.reshape(len(c), -1)[:, case.weight.shape[1] :] for c in (lower, codes))
+    np.testing.assert_array_equal(flat, before)
+
+
+@FEW
+@given(cases())
+def test_descent_cannot_leave_nearest_without_correlation(case: Case) -> None:
+    gram = np.eye(len(case.gram), dtype=np.float32)
+    lower = descend_codes(case.weight, case.nearest, case.grid, gram, case.fmt)
+    alone = dataclasses.replace(case, gram=gram)
+    np.testing.assert_allclose(
+        alone.losses(lower), alone.losses(case.nearest), atol=alone.slack.max()
+    )
+
+
+@FEW
+@given(cases())
+def test_refit_and_descent_give_the_same_bytes(case: Case) -> None:
+    runs = [
+        descend_codes(
+            case.weight,
+            case.nearest,
+            refit_scales(case.weight, case.nearest, case.grid, case.gram),
+            case.gram,
+            case.fmt,
+        ).tobytes()
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
