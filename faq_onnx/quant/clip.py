@@ -2,7 +2,13 @@
 
 llm-awq (auto_clip.py) clamps a block to +-m for m = m0, 0.95 m0, ... 0.55 m0 (m0 = max |w|),
 rounds, and keeps the ratio with the least squared error of the block's own partial output. On the
-diagonal block G_b of the Gram matrix that error is d G_b d^T with d = Q(clamp(w)) - w.
+diagonal block G_b of the Gram matrix that error is d G_b d^T.
+
+llm-awq clamps the weights and rounds what is left on its min-max grid; here the grid alone says
+it: that of the range [max(lo, -m), min(hi, m)], whose codes end at its ends anyway. Symmetric
+formats get the same codes either way. In asymmetric ones a clamped weight can stand half-way
+between two levels (always where both ends are clamped: lo = -hi has its zero point between two
+codes) and rounds to either; the weight itself lies outside and takes the outer, nearer level.
 """
 
 from __future__ import annotations
@@ -12,15 +18,55 @@ import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.objective import block_errors
-from faq_onnx.quant.uniform import fake_quantize
+from faq_onnx.quant.uniform import BlockGrid, block_range, fake_quantize, range_grid
 
-__all__ = ["clip_blocks"]
+__all__ = ["clip_blocks", "clip_grid"]
 
 Blocks = npt.NDArray[np.float32]
 
 CLIP_STEPS = 10  # ratios 1.00, 0.95, ... 0.55 as in llm-awq (n_grid 20, max_shrink 0.5)
 CLIP_GRID = 20
 ROWS_AT_A_TIME = 512  # bounds the temporaries to a few copies of 512 rows
+
+
+def clip_grid(
+    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
+) -> BlockGrid:
+    """Grid over the best of each block's clipped ranges; ratio 1 (min-max) is among them.
+
+    Args:
+        blocks: float32 [N, k_blocks, block].
+        grams: Diagonal blocks of the Gram matrix, float32 [k_blocks, block, block].
+        fmt: Levels.
+        scale_dtype: Dtype in which scales are stored.
+    """
+    scale = np.empty(blocks.shape[:-1], np.float32)
+    zero_point = np.empty_like(scale)
+    for start in range(0, len(blocks), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        best = _clip_rows(blocks[rows], grams, fmt, scale_dtype)
+        scale[rows], zero_point[rows] = best.scale, best.zero_point
+    return BlockGrid(scale, zero_point)
+
+
+def _clip_rows(
+    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike
+) -> BlockGrid:
+    low, high = block_range(blocks)
+    limit = np.maximum(-low, high)
+    best = range_grid(low, high, fmt, scale_dtype)
+    best_error = np.full(low.shape, np.inf, np.float32)
+    for step in range(CLIP_STEPS):
+        end = limit * np.float32(1 - step / CLIP_GRID)
+        grid = range_grid(np.maximum(low, -end), np.minimum(high, end), fmt, scale_dtype)
+        delta = fake_quantize(blocks, fmt, grid=grid)
+        delta -= blocks
+        error = block_errors(delta, grams)
+        better = error < best_error
+        np.copyto(best_error, error, where=better)
+        np.copyto(best.scale, grid.scale, where=better)
+        np.copyto(best.zero_point, grid.zero_point, where=better)
+    return best
 
 
 def clip_blocks(
@@ -40,11 +86,11 @@ def clip_blocks(
     clipped = np.empty_like(blocks)
     for start in range(0, len(blocks), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        clipped[rows] = _clip_rows(blocks[rows], grams, fmt, scale_dtype)
+        clipped[rows] = _clamp_rows(blocks[rows], grams, fmt, scale_dtype)
     return clipped
 
 
-def _clip_rows(
+def _clamp_rows(
     blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike
 ) -> Blocks:
     limit = np.abs(blocks).max(axis=-1, keepdims=True)
