@@ -1,0 +1,199 @@
+"""Formats under a budget: sizes as promised, bits where the logits need them, shared tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.artifacts.sensitivity import Sensitivities, Sensitivity
+from faq_onnx.artifacts.sites import ModelCensus, Tie
+from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.errors import PlanError
+from faq_onnx.graph.weights import read_initializer
+from faq_onnx.planning.budget import format_bytes, parse_budget
+from faq_onnx.planning.mixed import CoarseRounding, MixedFormats, MixedPlanner
+from faq_onnx.quant.objective import output_energy
+from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
+from faq_onnx.testing import TinyLlama, tiny_llama_onnx
+
+Make = Callable[..., Any]
+RTN = QuantizeConfig(method=Method.RTN)
+SPEC = TinyLlama()
+
+
+def _sensitivities(census: ModelCensus, per_error: Mapping[str, float]) -> Sensitivities:
+    """Every weight 1e-3, but what is named."""
+    names = [site.name for site in census.sites] + [t.name for t in census.embeddings]
+    entries = [Sensitivity(name=n, error=2.0, kl=2 * per_error.get(n, 1e-3)) for n in names]
+    return Sensitivities(
+        model_fingerprint="model",
+        corpus_fingerprint="corpus",
+        perturbation="coarse",
+        tokens=16,
+        entries=tuple(entries),
+    )
+
+
+def _choose(
+    inputs: Any,
+    budget: str,
+    config: QuantizeConfig = RTN,
+    per_error: Mapping[str, float] | None = None,
+) -> MixedFormats:
+    model = tiny_llama_onnx(inputs.spec)
+    planner = MixedPlanner(
+        census=inputs.census,
+        config=config,
+        stats=inputs.stats,
+        sensitivities=_sensitivities(inputs.census, per_error or {}),
+        read_weight=inputs.read,
+        read_table=lambda table: read_initializer(model, table.weight).astype(np.float32),
+    )
+    return planner.choose(parse_budget(budget))
+
+
+def _formats(found: MixedFormats) -> dict[str, BlockFormat | None]:
+    plans = {plan.site: plan.format for plan in found.sites}
+    return plans | {p.embedding: p.format for p in found.embeddings if p.shared_with is None}
+
+
+def _format(found: MixedFormats, name: str) -> BlockFormat:
+    fmt = _formats(found)[name]
+    assert fmt is not None
+    return fmt
+
+
+@pytest.mark.parametrize("budget", ["3.0bpw", "4.6bpw", "60kB"])
+def test_bytes_are_those_of_the_plans_and_within_the_budget(planned: Make, budget: str) -> None:
+    inputs = planned()
+    found = _choose(inputs, budget)
+    table = inputs.census.embeddings[0]
+    shapes = {s.name: (s.out_features, s.in_features) for s in inputs.census.sites}
+    shapes[table.name] = (table.rows, table.width)
+    total = weights = 0
+    for name, fmt in _formats(found).items():
+        assert fmt is not None
+        total += format_bytes(*shapes[name], fmt)
+        weights += shapes[name][0] * shapes[name][1]
+    assert total == found.allocation.total.bytes
+    assert found.allocation.total.bpw == 8 * total / weights
+    limit = parse_budget(budget)
+    assert (total if limit.kind == "bytes" else 8 * total / weights) <= limit.limit
+    assert found.fixed_bytes == 0
+
+
+def test_predicted_kl_is_sensitivity_times_output_error(planned: Make) -> None:
+    inputs = planned()
+    found = _choose(inputs, "3.5bpw")
+    site, group = inputs.census.sites[0], inputs.census.groups[0]
+    weight, choice = inputs.read(site), found.allocation.choice[site.name]
+    delta = dequantize_weight(quantize_rtn(weight, _format(found, site.name))) - weight
+    expected = 1e-3 * output_energy(delta, inputs.stats.gram(group.name))
+    assert choice.kl == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_weight_that_the_logits_depend_on_gets_the_bits(planned: Make) -> None:
+    inputs = planned()
+    name = inputs.census.sites[3].name
+    precious = _choose(inputs, "3.6bpw", per_error={name: 1e3})
+    worthless = _choose(inputs, "3.6bpw", per_error={name: 0.0})
+    assert _format(precious, name).code_bits == 8
+    assert _format(worthless, name).code_bits == 2
+
+
+def test_kl_budget_is_kept_by_the_prediction(planned: Make) -> None:
+    inputs = planned()
+    curve = _choose(inputs, "3bpw").allocation.curve
+    middle = curve[len(curve) // 2].kl
+    found = _choose(inputs, f"kl<={middle:.6g}")
+    assert found.allocation.total.kl <= middle * (1 + 1e-5)
+
+
+def test_a_tied_table_is_one_item_that_the_embedding_shares(planned: Make) -> None:
+    inputs = planned(TinyLlama(tie=Tie.SHARED))
+    head = inputs.census.sites[-1].name
+    found = _choose(inputs, "3.6bpw")
+    (table,) = found.embeddings
+    assert table.format is not None
+    assert table.shared_with == head
+    assert table.format == found.allocation.choice[head].format
+    assert table.format.code_bits in {4, 8}  # what a Gather is asked to read
+    assert set(found.allocation.choice) == {site.name for site in inputs.census.sites}
+    two_bits = _choose(inputs, "2.6bpw", RTN.model_copy(update={"embedding": "shared"}))
+    assert _format(two_bits, head).code_bits == 2
+    assert two_bits.embeddings[0].format == _format(two_bits, head)
+
+
+def test_the_tables_own_sensitivity_counts_for_the_shared_buffer(planned: Make) -> None:
+    inputs = planned(TinyLlama(tie=Tie.DUPLICATE))
+    head, table = inputs.census.sites[-1].name, inputs.census.embeddings[0].name
+    found = _choose(inputs, "4bpw", per_error={table: 1e4, head: 0.0})
+    assert _format(found, head).code_bits == 8
+
+
+def test_what_stays_float_counts_in_sizes_only(planned: Make) -> None:
+    inputs = planned()
+    config = RTN.model_copy(update={"lm_head": "keep", "embedding": "keep"})
+    found = _choose(inputs, "3bpw", config)
+    head, table = inputs.census.sites[-1], inputs.census.embeddings[0]
+    assert found.fixed_bytes == 4 * (
+        head.in_features * head.out_features + table.rows * table.width
+    )
+    assert _formats(found)[head.name] is None
+    assert found.embeddings[0].format is None
+    smaller = found.fixed_bytes + found.allocation.total.bytes
+    again = _choose(inputs, f"{smaller / 1e3}kB", config)
+    assert again.allocation.total.bytes <= found.allocation.total.bytes
+    with pytest.raises(PlanError, match="stay float"):
+        _choose(inputs, "10kB", config)
+
+
+def test_excluded_and_unmeasured_sites_keep_the_configured_plan(planned: Make) -> None:
+    inputs = planned()
+    first, second = (site.name for site in inputs.census.sites[:2])
+    config = RTN.model_copy(update={"exclude": (first,)})
+    model = tiny_llama_onnx(inputs.spec)
+    measured = _sensitivities(inputs.census, {})
+    kept = tuple(entry for entry in measured.entries if entry.name != second)
+    planner = MixedPlanner(
+        inputs.census,
+        config,
+        inputs.stats,
+        measured.model_copy(update={"entries": kept}),
+        inputs.read,
+        lambda table: read_initializer(model, table.weight).astype(np.float32),
+    )
+    found = planner.choose(parse_budget("3.6bpw"))
+    assert _formats(found)[first] is None
+    assert (_format(found, second).code_bits, _format(found, second).block_size) == (4, 32)
+    assert not {first, second} & set(found.allocation.choice)
+
+
+def test_a_better_rounding_is_predicted_to_cost_less(planned: Make) -> None:
+    inputs = planned()
+    gptq = QuantizeConfig(method=Method.GPTQ)
+    plain, better = (_choose(inputs, "3.2bpw", config) for config in (RTN, gptq))
+    assert better.allocation.total.kl < plain.allocation.total.kl
+    for plan in better.sites:
+        bits = _format(better, plan.site).code_bits
+        assert plan.rounding == ("gptq" if bits < 8 else "nearest")
+
+
+def test_perturbations_are_coarse_and_know_their_error(planned: Make) -> None:
+    inputs = planned()
+    model, table = tiny_llama_onnx(SPEC), inputs.census.embeddings[0]
+    weight = read_initializer(model, table.weight).astype(np.float32)
+    ids = np.array([[5, 7], [5, 9]])
+    perturb = CoarseRounding(inputs.census, inputs.stats, inputs.read, lambda _t: weight, ids)
+    site = inputs.census.sites[1]
+    found = perturb(site)
+    delta = found.weight - inputs.read(site)
+    gram = inputs.stats.gram(inputs.census.groups[0].name)
+    assert found.error == pytest.approx(output_energy(delta, gram))
+    assert len(np.unique(found.weight[0, :32])) <= 8
+    rows = np.square(perturb(table).weight - weight).sum(axis=1)
+    assert perturb(table).error == pytest.approx(rows[ids].mean(), rel=1e-5)
