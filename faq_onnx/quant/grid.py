@@ -34,7 +34,7 @@ ROWS_AT_A_TIME = 512  # for the last judgement, as in quant.clip
 # more from clipping.
 WIDEST = 1.05
 COARSE_POINTS, NARROWEST = 14, {2: 0.3, 3: 0.3, 4: 0.4, 8: 0.95}
-SYMMETRIC_POINTS, SYMMETRIC_NARROWEST = 20, {2: 0.2, 3: 0.25, 4: 0.4, 8: 0.95}
+SYMMETRIC_POINTS, SYMMETRIC_NARROWEST = 24, {2: 0.2, 3: 0.25, 4: 0.4, 8: 0.95}
 # Then steps from the best scale, in coarse spacings; the fourth looks further away again. The
 # zero point moves before the first two.
 REFINEMENTS = (0.5, 0.25, 0.12, 0.4, 0.06)

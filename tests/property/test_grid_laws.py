@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.quant.clip import clip_grid
+from faq_onnx.quant.data_free import hqq_grid, k_quant_grid
 from faq_onnx.quant.formats import CODE_BITS, block_format
 from faq_onnx.quant.grid import search_grid
 from faq_onnx.quant.objective import block_grams
@@ -27,6 +31,7 @@ FEW = settings(max_examples=40, deadline=None)
 FORMATS = st.builds(
     block_format, st.sampled_from(CODE_BITS), st.sampled_from((16, 32)), symmetric=st.booleans()
 )
+METHODS = st.sampled_from(["clip", "search", "hqq", "k-quant", "weighted k-quant"])
 DTYPES = st.sampled_from([np.float16, np.float32])
 
 
@@ -95,14 +100,27 @@ def test_refining_does_not_lose(site: tuple[Array, Array], fmt: BlockFormat) -> 
     assert (after <= before + 2 * _slack(blocks, coarse, grams, fmt))[clear].all()
 
 
+def _find(method: str, site: tuple[Array, Array], fmt: BlockFormat, dtype: Any) -> BlockGrid:
+    blocks = to_blocks(site[0], fmt.block_size)
+    if method == "hqq":
+        return hqq_grid(blocks, fmt, dtype)
+    if method == "k-quant":
+        return k_quant_grid(blocks, fmt, dtype)
+    if method == "weighted k-quant":
+        return k_quant_grid(blocks, fmt, dtype, np.diag(site[1]))
+    grams = block_grams(site[1], fmt.block_size)
+    find = clip_grid if method == "clip" else search_grid
+    return find(blocks, grams, fmt, dtype)
+
+
 @FEW
-@given(sites(), FORMATS, DTYPES)
+@given(METHODS, sites(), FORMATS, DTYPES)
 def test_grids_can_be_stored(
-    site: tuple[Array, Array], fmt: BlockFormat, dtype: npt.DTypeLike
+    method: str, site: tuple[Array, Array], fmt: BlockFormat, dtype: npt.DTypeLike
 ) -> None:
-    blocks, grams = to_blocks(site[0], fmt.block_size), block_grams(site[1], fmt.block_size)
-    grid = search_grid(blocks, grams, fmt, dtype)
-    assert grid.scale.dtype == np.float32
+    assume(not (method == "hqq" and fmt.symmetric))
+    grid = _find(method, site, fmt, dtype)
+    assert grid.scale.dtype == grid.zero_point.dtype == np.float32
     assert np.array_equal(grid.scale.astype(dtype).astype(np.float32), grid.scale)
     assert np.isfinite(grid.scale).all()
     assert (grid.scale != 0).all()
@@ -116,12 +134,46 @@ def test_grids_can_be_stored(
 
 
 @FEW
-@given(sites(), FORMATS)
-def test_zero_blocks_keep_their_min_max_grid(site: tuple[Array, Array], fmt: BlockFormat) -> None:
-    blocks, grams = to_blocks(site[0], fmt.block_size), block_grams(site[1], fmt.block_size)
-    found, plain = search_grid(blocks, grams, fmt), minmax_grid(blocks, fmt)
-    assert np.array_equal(found.scale[0], plain.scale[0])
-    assert np.array_equal(found.zero_point[0], plain.zero_point[0])
+@given(METHODS, sites(), FORMATS, DTYPES)
+def test_zero_blocks_stay_zero(
+    method: str, site: tuple[Array, Array], fmt: BlockFormat, dtype: npt.DTypeLike
+) -> None:
+    assume(not (method == "hqq" and fmt.symmetric))
+    grid = _find(method, site, fmt, dtype)
+    blocks = to_blocks(site[0], fmt.block_size)
+    assert not dequantize(round_to_grid(blocks, grid, fmt), grid)[0].any()
+
+
+@FEW
+@given(METHODS, sites(), FORMATS)
+def test_the_same_bytes_twice(method: str, site: tuple[Array, Array], fmt: BlockFormat) -> None:
+    assume(not (method == "hqq" and fmt.symmetric))
+    found, again = (_find(method, site, fmt, np.float32) for _ in range(2))
+    assert found.scale.tobytes() == again.scale.tobytes()
+    assert found.zero_point.tobytes() == again.zero_point.tobytes()
+
+
+@FEW
+@given(sites(), FORMATS, st.booleans())
+def test_k_quants_are_never_worse_by_their_own_weights(
+    site: tuple[Array, Array], fmt: BlockFormat, weighted: bool
+) -> None:
+    importance = np.maximum(np.diag(site[1]), np.float32(0.01)) if weighted else None
+    blocks = to_blocks(site[0], fmt.block_size)
+    grids = minmax_grid(blocks, fmt), k_quant_grid(blocks, fmt, importance=importance)
+    squares, mean = np.square(blocks), np.mean(np.square(blocks), axis=-1, keepdims=True)
+    if importance is None:
+        weights = np.sqrt(mean) + np.abs(blocks)
+    else:
+        channels = to_blocks(importance[np.newaxis], fmt.block_size)
+        weights = channels * np.sqrt(2 * mean + squares)
+    before, after = (
+        np.sum(weights * np.square(dequantize(round_to_grid(blocks, g, fmt), g) - blocks), axis=-1)
+        for g in grids
+    )
+    # what float32 loses in sum w^2 and sum w x c, whose difference the symmetric fit looks at
+    lost = 4 * fmt.block_size * 2.0**-24 * np.sum(weights * squares, axis=-1)
+    assert (after <= before + lost).all()
 
 
 @FEW
@@ -136,15 +188,6 @@ def test_padding_has_no_say(site: tuple[Array, Array], fmt: BlockFormat) -> None
     found, again = (search_grid(blocks, g, fmt) for g in (grams, other))
     np.testing.assert_array_equal(found.scale, again.scale)
     np.testing.assert_array_equal(found.zero_point, again.zero_point)
-
-
-@FEW
-@given(sites(), FORMATS)
-def test_the_same_bytes_twice(site: tuple[Array, Array], fmt: BlockFormat) -> None:
-    blocks, grams = to_blocks(site[0], fmt.block_size), block_grams(site[1], fmt.block_size)
-    found, again = (search_grid(blocks, grams, fmt) for _ in range(2))
-    assert found.scale.tobytes() == again.scale.tobytes()
-    assert found.zero_point.tobytes() == again.zero_point.tobytes()
 
 
 @FEW
