@@ -4,7 +4,7 @@ The error of a block is d G_b d^T, d = w^ - w and G_b its part of the diagonal o
 algorithms.md 3.3 (the "Hessian" grid) and 5.5 (clipping both ends, without training).
 A grid is searched as (scale, zero point) rather than as its two ends: zero points are integers, so
 few of them fit a scale, and all of them share one rounding of w / scale. Against a 24 x 24 search
-over both ends times floor and ceil (1152 grids), the 46 grids tried here end within 0.7 % of its
+over both ends times floor and ceil (1152 grids), the 46 grids tried here end within 0.8 % of its
 error on SmolLM2's weights. The whole G_b counts: on its diagonal alone the error is higher.
 """
 
