@@ -45,7 +45,6 @@ from faq_onnx.runtime.session import open_session, run_session
 from faq_onnx.verify.logits import LogitComparison
 
 QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
-LEVELS = (4, 0)
 
 Tokens = npt.NDArray[np.int64]
 
@@ -109,16 +108,14 @@ def make(peer: str, job: Job) -> Made:
     return made
 
 
-def measure(
-    peer: str, job: Job, float_logits: FloatLogits, *, label: str, threads: int | None
-) -> list[Row]:
+def measure(peer: str, job: Job, float_logits: FloatLogits, args: argparse.Namespace) -> list[Row]:
     """A row per accuracy level."""
-    name = f"{peer}{label} {job.bits}b{job.block_size}"
+    name = f"{peer}{args.label} {job.bits}b{job.block_size}"
     made = make(peer, job)
-    rows = [Row(name, level, seconds=made.seconds, error=made.error) for level in LEVELS]
+    rows = [Row(name, level, seconds=made.seconds, error=made.error) for level in args.levels]
     if made.error:
         return rows
-    return [_evaluate(row, job.output, float_logits, threads) for row in rows]
+    return [_evaluate(row, job.output, float_logits, args.threads) for row in rows]
 
 
 def _evaluate(row: Row, path: Path, float_logits: FloatLogits, threads: int | None) -> Row:
@@ -258,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
                     hf=args.hf,
                     pythons=dict(args.python),
                 )
-                rows = measure(peer, job, float_logits, label=args.label, threads=args.threads)
+                rows = measure(peer, job, float_logits, args)
                 _append(args.results, rows, args)
                 _write_table(args.results)
     return 0
@@ -318,6 +315,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--samples", type=int, default=3, help="calibration windows")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
+    parser.add_argument("--levels", nargs="+", type=int, default=[4, 0])
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--models-dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
