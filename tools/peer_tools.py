@@ -198,4 +198,5 @@ def _call(job: Job, environment: str, arguments: list[str]) -> None:
         command, capture_output=True, text=True, check=False, env=environ
     )
     if done.returncode:
-        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-3:]))
+        last = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(last or f"ended with status {done.returncode} and said nothing")
