@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "METHODS",
+    "Axes",
     "CalibrationConfig",
     "FaqConfig",
+    "Grid",
+    "Method",
     "QuantizeConfig",
+    "Rounding",
+    "RoundingConfig",
     "ScaleConfig",
     "VerifyConfig",
 ]
@@ -20,11 +29,61 @@ BlockSize = Literal[16, 32, 64, 128, 256]
 
 
 class Method(StrEnum):
-    """How weights get their scales."""
+    """A named combination of channel scales, block grids and rounding: a row of `METHODS`."""
 
     RTN = "rtn"
+    HQQ = "hqq"
+    K_QUANT = "k-quant"
     AWQ = "awq"
     FAQ = "faq"
+    GPTQ = "gptq"
+    FAQ_GPTQ = "faq-gptq"
+    BEST = "best"
+
+
+Scales = Literal["none", "awq", "faq"]
+Grid = Literal["minmax", "clip", "search", "hqq", "k-quant"]
+Rounding = Literal["nearest", "gptq"]
+Path = Literal["float", "low-bit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """One choice on each axis of quantization.
+
+    Attributes:
+        scales: Statistic behind the channel scales.
+        grid: How each block's scale and zero point are found; "clip" and "search" look at
+            activations.
+        rounding: How codes are chosen on that grid.
+        path: Whose activations grid and rounding look at: the float model's, or those of the
+            model quantized so far.
+    """
+
+    scales: Scales
+    grid: Grid
+    rounding: Rounding
+    path: Path = "float"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model has to be run on text."""
+        judged = self.grid in {"clip", "search"} or self.rounding == "gptq"
+        return judged or self.scales != "none"
+
+
+METHODS: Mapping[Method, Axes] = MappingProxyType(
+    {
+        Method.RTN: Axes("none", "minmax", "nearest"),
+        Method.HQQ: Axes("none", "hqq", "nearest"),
+        Method.K_QUANT: Axes("none", "k-quant", "nearest"),
+        Method.AWQ: Axes("awq", "clip", "nearest"),
+        Method.FAQ: Axes("faq", "clip", "nearest"),
+        Method.GPTQ: Axes("none", "search", "gptq"),
+        Method.FAQ_GPTQ: Axes("faq", "search", "gptq", "low-bit"),
+        Method.BEST: Axes("faq", "search", "gptq", "low-bit"),
+    }
+)
 
 
 class _Section(BaseModel):
@@ -49,14 +108,37 @@ class CalibrationConfig(_Section):
 class ScaleConfig(_Section):
     """The search for channel scales, common to AWQ and FAQ."""
 
+    statistic: Scales | Literal["method"] = "method"
+    """Channel scales: none, from this layer's activations (awq), or with later layers' (faq);
+    by default what the method says.
+    """
     grid_points: Annotated[int, Field(ge=1, le=200)] = 20
     """Exponents tried: 0, 1/n, ... (n-1)/n; 0 is the identity and always among them."""
-    clip: bool = True
-    """Search a clipping ratio per block after scaling (AWQ's auto_clip)."""
     share_heads: bool = False
     """Under grouped-query attention, scale o_proj with one scale per group of repeated heads."""
     insert_mul: bool = False
     """Where no producer can absorb a scale, insert a Mul in front of the sites."""
+
+
+class RoundingConfig(_Section):
+    """Block grids and rounding."""
+
+    grid: Grid | Literal["method"] = "method"
+    """Scale and zero point of each block: its range, AWQ's clipping, the search on the Gram
+    matrix, or a data-free search (hqq, k-quant).
+    """
+    rounding: Rounding | Literal["method"] = "method"
+    """Each weight to its nearest level, or so that errors cancel (gptq)."""
+    path: Path | Literal["method"] = "method"
+    """Round against activations of the float model, or of the model quantized so far."""
+    path_samples: Annotated[int, Field(ge=1)] = 32
+    """Windows that walk the low-bit path; at most the calibration's."""
+    damping: Annotated[float, Field(ge=0.0)] = 0.01
+    """Ridge of GPTQ, relative to the mean of the Gram matrix's diagonal."""
+    shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of the error of earlier sites that a site's target makes up for, on the low-bit
+    path.
+    """
 
 
 class FaqConfig(_Section):
@@ -93,8 +175,10 @@ class VerifyConfig(_Section):
 class QuantizeConfig(_Section):
     """Everything that `faq-onnx convert` can be told; a recipe file holds the same keys."""
 
-    method: Method = Method.FAQ
-    """Channel scales: none (rtn), AWQ, or FAQ."""
+    method: Method = Method.FAQ_GPTQ
+    """Nearest on plain ranges (rtn), data-free grids (hqq, k-quant), AWQ or FAQ as published,
+    GPTQ without channel scales, FAQ scales with GPTQ (faq-gptq), or all that helps (best).
+    """
     bits: Bits = 4
     """Bits per weight code; 3 means 3-bit codes in 4-bit storage."""
     block_size: BlockSize = 32
@@ -115,5 +199,18 @@ class QuantizeConfig(_Section):
     """Write weights beside model.onnx even below 1 GB."""
     calibration: CalibrationConfig = CalibrationConfig()
     scale: ScaleConfig = ScaleConfig()
+    rounding: RoundingConfig = RoundingConfig()
     faq: FaqConfig = FaqConfig()
     verify: VerifyConfig = VerifyConfig()
+
+    @property
+    def axes(self) -> Axes:
+        """The method's choices, with what is set otherwise."""
+        named = METHODS[self.method]
+        scales, rounding = self.scale.statistic, self.rounding
+        return Axes(
+            scales=named.scales if scales == "method" else scales,
+            grid=named.grid if rounding.grid == "method" else rounding.grid,
+            rounding=named.rounding if rounding.rounding == "method" else rounding.rounding,
+            path=named.path if rounding.path == "method" else rounding.path,
+        )

@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from faq_onnx import checks, run_report, stages
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.record import fingerprint_bytes
@@ -48,6 +51,7 @@ __all__ = [
     "convert",
     "export",
     "inspect",
+    "path_windows",
     "plan",
     "preview",
     "verify",
@@ -107,7 +111,9 @@ def convert(  # noqa: PLR0913 - the public entry point
         stats, reference = _calibrate(run, opened, windows)
         with run.timed("plan"):
             planned = make_plan(opened.census, config, stats, opened.read, progress)
-        return _apply(run, opened, planned, stats, reference, folder=out.path, force=force)
+        return _apply(
+            run, opened, planned, stats, reference, windows, folder=out.path, force=force
+        )
 
 
 def inspect(source: str, *, progress: Progress = SILENT) -> ModelCensus:
@@ -198,10 +204,12 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
         run = _Run(work, progress, _as_planned(config, planned.plan))
         collected = _open_stats(stats, opened)
         check_statistics(planned.plan, opened.census, collected)
-        windows = _tokens(run, opened, calibrate=False)
+        windows = _tokens(run, opened, calibrate=run.config.axes.path == "low-bit")
         with run.timed("reference"):
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
-        return _apply(run, opened, planned, collected, reference, folder=out.path, force=force)
+        return _apply(
+            run, opened, planned, collected, reference, windows, folder=out.path, force=force
+        )
 
 
 def verify(
@@ -227,6 +235,17 @@ def verify(
     return checks.verify_file(path, logits, (), None, progress)
 
 
+def path_windows(
+    config: QuantizeConfig, windows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64] | None:
+    """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
+    if config.axes.path == "float" or not config.axes.calibrates:
+        return None
+    count = min(config.rounding.path_samples, len(windows))
+    picked = np.linspace(0, len(windows) - 1, count).round().astype(np.intp)
+    return windows[picked]
+
+
 def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
     """The settings that a plan was made with; how to verify and to write is told anew."""
     if plan.config is None:
@@ -247,7 +266,7 @@ def _tokens(run: _Run, opened: stages.OpenedModel, *, calibrate: bool = True) ->
     """Calibration and held-out windows; the same held-out ones for every method."""
     settings = run.config.calibration
     written = settings.source == "self"
-    needed = calibrate and run.config.method is not Method.RTN
+    needed = calibrate and run.config.axes.calibrates
     with run.timed("tokens"):
         wish = f"{opened.fingerprint} {settings} {run.config.verify.samples} {needed}"
         key = fingerprint_bytes(wish.encode())
@@ -298,6 +317,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
     planned: PlannedModel,
     stats: CalibrationStats | None,
     reference: ReferenceLogits,
+    windows: TokenWindows,
     *,
     folder: Path,
     force: bool,
@@ -308,7 +328,13 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         error = _fold(run, opened, planned, reference)
     with run.timed("quantize"):
         quantized = stages.quantize(
-            opened, planned, stats, marks, run.work / "weights", run.progress
+            opened,
+            planned,
+            stats,
+            marks,
+            run.work / "weights",
+            run.progress,
+            windows=path_windows(run.config, windows.calibration),
         )
         stages.rewrite(opened, planned, quantized.weights)
     with run.timed("save"):

@@ -21,6 +21,8 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
+from faq_onnx.calibration.paired import PairedMoments, PairedWalk
+from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import load_model, release_weights
@@ -34,9 +36,16 @@ from faq_onnx.passes import (
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.progress import Progress
 from faq_onnx.quant.objective import scale_gram
-from faq_onnx.quant.site import QuantizedSite, quantize_weight, rtn_digest
-from faq_onnx.quant.threads import map_in_threads
-from faq_onnx.quant.uniform import quantize_rtn
+from faq_onnx.quant.shift import shifted_target
+from faq_onnx.quant.site import (
+    QuantizedSite,
+    SiteMoments,
+    looks_at_activations,
+    quantize_weight,
+    rtn_digest,
+)
+from faq_onnx.quant.threads import map_in_threads, thread_count
+from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 
 __all__ = [
     "OpenedModel",
@@ -151,38 +160,120 @@ def quantize(  # noqa: PLR0913, PLR0917 - the stage joins the artifacts of all s
     marks: Mapping[str, str],
     folder: Path,
     progress: Progress,
+    *,
+    windows: npt.NDArray[np.int64] | None = None,
 ) -> Quantized:
-    """Quantize every planned site and embedding of the folded graph, one at a time.
+    """Quantize every planned site and embedding of the folded graph.
 
     Args:
         opened: The model after `fold`.
         planned: What to do.
-        stats: Gram matrices, for clipping and output errors; None for RTN.
+        stats: Gram matrices of the float model, for grids, rounding and output errors; None where
+            nothing needs them.
         marks: From `rtn_marks`.
-        folder: Receives the weights.
+        folder: Receives the weights, and what walks need.
         progress: Receives weights done, in millions.
+        windows: Token ids [windows, length] that walk the low-bit path: sites are rounded against
+            the model quantized so far. None rounds against the float model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    store = WeightStore(folder)
-    groups = {name: group for group in opened.census.groups for name in group.sites}
-    plans = [plan for plan in planned.plan.sites if plan.format is not None]
-    sites = {plan.site: opened.census.site(plan.site) for plan in plans}
-    total = sum(site.in_features * site.out_features for site in sites.values()) / 1e6
-
-    def quantize_one(plan: SitePlan) -> QuantizedSite:
-        gram = _gram(groups[plan.site], planned, stats)
-        return _quantize_site(opened, sites[plan.site], plan, gram)
-
-    errors = []
-    with progress.stage("quantize", total, "M weights") as advance:
-        for plan, result in zip(plans, map_in_threads(quantize_one, plans), strict=True):
-            site = sites[plan.site]
-            store.put(site.name, result.weight)
-            errors.append(_site_error(site, result, marks))
-            advance(site.in_features * site.out_features / 1e6)
-        _quantize_embeddings(opened, planned, store)
+    bench = _Bench(opened, planned, stats, marks, WeightStore(folder))
+    if windows is not None:
+        bench.walk(windows, folder / "walk", progress)
+    bench.quantize_rest(progress)
+    _quantize_embeddings(opened, planned, bench.store)
     release_weights(opened.model)
-    return Quantized(store, tuple(errors))
+    return Quantized(bench.store, bench.in_order())
+
+
+@dataclasses.dataclass
+class _Bench:
+    """Where sites are quantized one after another."""
+
+    opened: OpenedModel
+    planned: PlannedModel
+    stats: CalibrationStats | None
+    marks: Mapping[str, str]
+    store: WeightStore
+    errors: dict[str, SiteError] = dataclasses.field(default_factory=dict)
+
+    @property
+    def plans(self) -> dict[str, SitePlan]:
+        """By site name, those that get a format."""
+        return {plan.site: plan for plan in self.planned.plan.sites if plan.format is not None}
+
+    def in_order(self) -> tuple[SiteError, ...]:
+        """What each site costs, in the order of the plan."""
+        return tuple(self.errors[name] for name in self.plans)
+
+    def walk(self, windows: npt.NDArray[np.int64], folder: Path, progress: Progress) -> None:
+        """Quantize the sites whose rounding looks at activations, on the low-bit path."""
+        judged = {name for name, plan in self.plans.items() if looks_at_activations(plan)}
+        groups = [g.name for g in self.opened.census.groups if judged & set(g.sites)]
+        walk = PairedWalk(self.opened.model, self.opened.census, folder)
+        walk.run(windows, groups, self._solve, progress)
+
+    def _solve(
+        self, group: ScaleGroup, moments: PairedMoments
+    ) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Quantize the sites of one group; what the low-bit path goes on with."""
+        config = self.planned.plan.config or QuantizeConfig()
+        shared = SiteMoments(moments.gram, config.rounding.damping)
+        found = {}
+        for name in group.sites:
+            plan = self.plans.get(name)
+            if plan is None:
+                continue
+            weight = self.opened.read(self.opened.census.site(name))
+            own = shared
+            if (
+                looks_at_activations(plan)
+                and config.rounding.shift
+                and name not in (moments.residual)
+            ):
+                target = shifted_target(weight, moments.gram, moments.cross, config.rounding.shift)
+                own = shared.with_target(target)
+            result = self._quantize(plan, weight, own, workers=thread_count())
+            self._keep(plan, result)
+            found[name] = dequantize_weight(result.weight)
+        return found
+
+    def quantize_rest(self, progress: Progress) -> None:
+        """Quantize what no walk has reached, against the float model."""
+        config = self.planned.plan.config or QuantizeConfig()
+        groups = {name: group for group in self.opened.census.groups for name in group.sites}
+        plans = [plan for name, plan in self.plans.items() if name not in self.errors]
+        sites = {plan.site: self.opened.census.site(plan.site) for plan in plans}
+        total = sum(site.in_features * site.out_features for site in sites.values()) / 1e6
+
+        def quantize_one(plan: SitePlan) -> QuantizedSite:
+            gram = _gram(groups[plan.site], self.planned, self.stats)
+            moments = None if gram is None else SiteMoments(gram, config.rounding.damping)
+            return self._quantize(plan, self.opened.read(sites[plan.site]), moments)
+
+        if not plans:
+            return
+        with progress.stage("quantize", total, "M weights") as advance:
+            for plan, result in zip(plans, map_in_threads(quantize_one, plans), strict=True):
+                self._keep(plan, result)
+                site = sites[plan.site]
+                advance(site.in_features * site.out_features / 1e6)
+
+    def _quantize(
+        self,
+        plan: SitePlan,
+        weight: npt.NDArray[np.float32],
+        moments: SiteMoments | None,
+        workers: int = 1,
+    ) -> QuantizedSite:
+        dtype = _scale_dtype(self.opened.census.site(plan.site).dtype)
+        return quantize_weight(weight, plan, moments, scale_dtype=dtype, workers=workers)
+
+    def _keep(self, plan: SitePlan, result: QuantizedSite) -> None:
+        self.store.put(plan.site, result.weight)
+        self.errors[plan.site] = _site_error(
+            self.opened.census.site(plan.site), result, self.marks
+        )
 
 
 def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) -> None:
@@ -197,22 +288,6 @@ def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) ->
             MatMulToNBitsPass(sites, plans, weights),
             QuantizeEmbeddingPass(embeddings, tables, weights),
         ],
-    )
-
-
-def _quantize_site(
-    opened: OpenedModel,
-    site: LinearSite,
-    plan: SitePlan,
-    gram: npt.NDArray[np.float32] | None,
-) -> QuantizedSite:
-    assert plan.format is not None
-    return quantize_weight(
-        opened.read(site),
-        plan.format,
-        gram=gram,
-        clip=plan.grid == "clip",
-        scale_dtype=_scale_dtype(site.dtype),
     )
 
 

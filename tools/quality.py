@@ -28,6 +28,7 @@ from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.calibration.walk import ReferenceLogits
 from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig
 from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.pipeline import path_windows
 from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.runtime.feeds import decoder_feeds
@@ -79,6 +80,7 @@ class Bench:
         reference: Float logits of the evaluation windows.
         work: Scratch folder.
         calibrate_s: Seconds that the walk took.
+        windows: Calibration ids, int64 [windows, length].
     """
 
     source: str
@@ -87,6 +89,7 @@ class Bench:
     reference: ReferenceLogits
     work: Path
     calibrate_s: float
+    windows: Tokens
 
     @classmethod
     def prepare(  # noqa: PLR0913 - a bench has many knobs
@@ -125,7 +128,8 @@ class Bench:
         start = time.perf_counter()
         collector = Collector(opened.model, opened.census, opened.fingerprint, work)
         stats, reference = collector.collect(tokens.calibration, held_out, groups, progress)
-        return cls(source, opened, stats, reference, work, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return cls(source, opened, stats, reference, work, seconds, tokens.calibration)
 
     def measure(
         self, name: str, config: QuantizeConfig, levels: Sequence[int] = (4, 0)
@@ -151,8 +155,16 @@ class Bench:
             stages.fold(fresh, planned)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             weights = Path(folder) / "weights"
-            stats = self.stats if planned.plan.method != "rtn" else None
-            quantized = stages.quantize(fresh, planned, stats, {}, weights, SILENT)
+            config = planned.plan.config or QuantizeConfig()
+            quantized = stages.quantize(
+                fresh,
+                planned,
+                self.stats if config.axes.calibrates else None,
+                {},
+                weights,
+                SILENT,
+                windows=path_windows(config, self.windows),
+            )
             stages.rewrite(fresh, planned, quantized.weights)
             quantize_s = time.perf_counter() - start
             figures = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import Grid, QuantizeConfig, Rounding
 
 __all__ = [
     "BlockFormat",
@@ -39,14 +39,16 @@ class SitePlan(Record):
     Attributes:
         site: Site name.
         format: Block format; None leaves the site float.
-        grid: "minmax" or "clip" (AWQ's clip search on the Gram matrix).
+        grid: "minmax", "clip" (AWQ's), "search" (both on the Gram matrix), "hqq" or "k-quant".
+        rounding: "nearest" or "gptq".
         accuracy_level: Attribute of MatMulNBits.
         reason: Why the site is kept float ("" when it is quantized).
     """
 
     site: str
     format: BlockFormat | None
-    grid: str = "minmax"
+    grid: Grid = "minmax"
+    rounding: Rounding = "nearest"
     accuracy_level: int = 4
     reason: str = ""
 

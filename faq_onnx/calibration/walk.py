@@ -19,21 +19,19 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from faq_onnx.artifacts.record import Record
+from faq_onnx.calibration.batches import Batch, make_batches, part_feeds, store_key
 from faq_onnx.calibration.hidden import HiddenStore
-from faq_onnx.errors import CalibrationError, NonFiniteError
+from faq_onnx.errors import NonFiniteError
 from faq_onnx.graph.cut import Part, extract_part
 from faq_onnx.graph.io import release_weights, save_model
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
 from faq_onnx.progress import SILENT, Progress
-from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session
 
 __all__ = ["LayerWalk", "PartSums", "ReferenceLogits"]
 
 _LOG = logging.getLogger(__name__)
 
-# A run of this many tokens keeps both cores busy and activations in the tens of megabytes.
-TOKENS_PER_RUN = 2048
 STATE_NAME = "walk.json"
 
 
@@ -86,14 +84,14 @@ class ReferenceLogits:
         session = open_session(self.model_path, prepack=False)
         for row in range(len(self.windows)):
             ids = self.windows[row : row + 1]
-            feeds = _feeds(session, ids, self._stored(row))
+            feeds = part_feeds(session, ids, self._stored(row))
             logits = session.run([self.output], feeds)[0]
             yield ids, np.asarray(logits, dtype=np.float32)
 
     def _stored(self, row: int) -> dict[str, npt.NDArray[np.generic]]:
         shape = (1, self.windows.shape[1])
         return {
-            name: self.store.get(name, _key(name in self.varying, f"held{row}", shape))
+            name: self.store.get(name, store_key(name in self.varying, f"held{row}", shape))
             for name in self.inputs
         }
 
@@ -140,7 +138,7 @@ class LayerWalk:
         if done == 0:
             # what the file of another walk speaks of is about to be overwritten
             (self.folder / STATE_NAME).unlink(missing_ok=True)
-        batches = _batches(windows, held_out)
+        batches = make_batches(windows, held_out)
         with progress.stage(title, len(self.parts), "layers") as advance:
             for number, part in enumerate(self.parts):
                 wanted = tuple(requests.get(part.index, ()))
@@ -176,7 +174,7 @@ class LayerWalk:
     def _run_part(
         self,
         part: Part,
-        batches: Sequence[_Batch],
+        batches: Sequence[Batch],
         wanted: tuple[ActivationRequest, ...],
         *,
         is_last: bool,
@@ -191,15 +189,15 @@ class LayerWalk:
                 continue
             stored = {
                 name: self._store.get(
-                    name, _key(name in part.varying, batch.name, batch.ids.shape)
+                    name, store_key(name in part.varying, batch.name, batch.ids.shape)
                 )
                 for name in part.inputs
             }
-            feeds = _feeds(session, batch.ids, stored)
+            feeds = part_feeds(session, batch.ids, stored)
             names = [*crossing, *(sums.outputs if batch.collect else ())]
             results = dict(zip(names, session.run(names, feeds), strict=True))
             for name in crossing:
-                key = _key(name in part.varying, batch.name, batch.ids.shape)
+                key = store_key(name in part.varying, batch.name, batch.ids.shape)
                 self._store.put(name, key, results[name])
             if batch.collect:
                 sums.add(results, batch.ids.size)
@@ -254,13 +252,6 @@ class LayerWalk:
             state.save(self.folder / STATE_NAME)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    name: str
-    ids: npt.NDArray[np.int64]
-    collect: bool
-
-
 @dataclasses.dataclass
 class _Sums:
     """Running float64 sums of one part."""
@@ -301,39 +292,3 @@ class _Sums:
                     "text: check it in float32, or calibrate on other text"
                 )
                 raise NonFiniteError(msg)
-
-
-def _batches(windows: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> list[_Batch]:
-    """Calibration windows several at a time, held-out ones singly."""
-    if windows.size == 0 and held_out.size == 0:
-        msg = "no token windows to run the model on"
-        raise CalibrationError(msg)
-    rows = max(1, TOKENS_PER_RUN // max(windows.shape[1], 1))
-    batches = [
-        _Batch(f"run{start}", windows[start : start + rows], collect=True)
-        for start in range(0, len(windows), rows)
-    ]
-    held = [
-        _Batch(f"held{row}", held_out[row : row + 1], collect=False)
-        for row in range(len(held_out))
-    ]
-    return batches + held
-
-
-def _feeds(
-    session: ort.InferenceSession,
-    ids: npt.NDArray[np.int64],
-    stored: Mapping[str, npt.NDArray[np.generic]],
-) -> dict[str, npt.NDArray[np.generic]]:
-    """Inputs of a part: stored values by name, the model's own inputs from the ids."""
-    inputs = session.get_inputs()
-    own = [argument for argument in inputs if argument.name not in stored]
-    feeds = dict(decoder_feeds(own, ids))
-    names = {argument.name for argument in inputs}
-    feeds.update({name: array for name, array in stored.items() if name in names})
-    return feeds
-
-
-def _key(varying: bool, batch: str, shape: tuple[int, ...]) -> str:
-    """Values that do not depend on the ids are kept once per batch shape."""
-    return batch if varying else "x".join(map(str, shape))

@@ -20,6 +20,7 @@ __all__ = [
     "CALIBRATION",
     "GROUPS",
     "QUANTIZATION",
+    "ROUNDING",
     "SCALES",
     "VERIFICATION",
     "Group",
@@ -80,10 +81,21 @@ SCALES = Group(
         "faq.window": ("--faq-window",),
         "faq.roles": ("--faq-role",),
         "faq.normalisation": ("--faq-normalisation",),
+        "scale.statistic": ("--scales",),
         "scale.grid_points": ("--grid-points",),
-        "scale.clip": ("--clip", "--no-clip"),
         "scale.share_heads": ("--share-heads", "--no-share-heads"),
         "scale.insert_mul": ("--insert-mul", "--no-insert-mul"),
+    },
+)
+ROUNDING = Group(
+    "grids and rounding",
+    {
+        "rounding.grid": ("--grid",),
+        "rounding.rounding": ("--rounding",),
+        "rounding.path": ("--path",),
+        "rounding.path_samples": ("--path-samples",),
+        "rounding.damping": ("--damping",),
+        "rounding.shift": ("--shift",),
     },
 )
 VERIFICATION = Group(
@@ -93,7 +105,7 @@ VERIFICATION = Group(
         "verify.max_kl": ("--max-kl",),
     },
 )
-GROUPS = (QUANTIZATION, CALIBRATION, SCALES, VERIFICATION)
+GROUPS = (QUANTIZATION, CALIBRATION, SCALES, ROUNDING, VERIFICATION)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""Cut a decoder graph where its layers meet, so that each part can run on its own.
+"""Cut a decoder graph where its layers meet, or anywhere else, so that each part can run alone.
 
-Part 0 holds what comes before the layers (embedding, masks, rotary tables), parts 1..L the
-layers, part L + 1 everything behind them. A graph without layers is one part.
+Cut at its layers, part 0 holds what comes before them (embedding, masks, rotary tables), parts
+1..L the layers, part L + 1 everything behind them. A graph without layers is one part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from faq_onnx.graph.names import node_layer_index
 
-__all__ = ["Part", "cut_model", "extract_part"]
+__all__ = ["Part", "cut_at", "cut_model", "extract_part"]
 
 # What these operators return depends on shapes alone, not on the numbers.
 _SHAPE_OPS = frozenset({"Shape", "Size"})
@@ -24,7 +24,7 @@ class Part:
     """One stretch of a graph.
 
     Attributes:
-        index: 0 before the layers, i + 1 for layer i, layer count + 1 behind them.
+        index: Order in which parts run; cut at layers, 0 is before them, i + 1 is layer i.
         inputs: Values from earlier parts, in graph order (graph inputs are not listed).
         outputs: Values that later parts read, or the model's logits. What depends on constants
             alone never crosses: each part computes its own.
@@ -47,9 +47,29 @@ def cut_model(model: ir.Model, layer_of: Mapping[str, int], head: Iterable[str])
         layer_of: Decoder layer by output value name, for nodes whose layer is known from analysis.
         head: Output value names of the nodes that belong behind the layers (the lm_head).
     """
-    graph = model.graph
     last = max(layer_of.values(), default=-1) + 2
-    stage = _stages(graph, layer_of, frozenset(head), last)
+    return _parts(model.graph, _layer_stages(model.graph, layer_of, frozenset(head), last))
+
+
+def cut_at(model: ir.Model, stage_of: Mapping[str, int]) -> list[Part]:
+    """Cut in front of chosen nodes.
+
+    Args:
+        model: A topologically sorted graph.
+        stage_of: Part index >= 1 by output value name, in graph order; a node that is not named
+            goes to the latest part that it reads from, so a part ends where the next one's named
+            nodes get their inputs.
+    """
+    stage: dict[ir.Node, int] = {}
+    for node in model.graph:
+        at = max((stage[producer] for producer in _producers(node, model.graph)), default=0)
+        wanted = (stage_of[o.name] for o in node.outputs if o.name and o.name in stage_of)
+        stage[node] = max(at, *wanted, 0)
+    return _parts(model.graph, stage)
+
+
+def _parts(graph: ir.Graph, stage: Mapping[ir.Node, int]) -> list[Part]:
+    """The parts that a stage for each node makes, and what crosses between them."""
     varying = _depending_on(graph, _token_inputs(graph), through_shapes=False)
     dynamic = _depending_on(graph, graph.inputs, through_shapes=True)
     readers = _readers(graph)
@@ -113,7 +133,7 @@ def extract_part(
     return ir.Model(cut, ir_version=model.ir_version, functions=list(model.functions.values()))
 
 
-def _stages(
+def _layer_stages(
     graph: ir.Graph, layer_of: Mapping[str, int], head: frozenset[str], last: int
 ) -> dict[ir.Node, int]:
     stage: dict[ir.Node, int] = {}

@@ -17,6 +17,7 @@ __all__ = [
     "find_initializer",
     "read_initializer",
     "read_weight",
+    "replace_weight",
     "transform_initializer",
 ]
 
@@ -89,6 +90,18 @@ def read_weight(model: ir.Model, site: LinearSite) -> npt.NDArray[np.float32]:
         stored = stored[0]
     oriented = stored if site.layout is WeightLayout.N_K else stored.T
     return np.array(oriented, dtype=np.float32, order="C")
+
+
+def replace_weight(model: ir.Model, site: LinearSite, weight: npt.NDArray[np.float32]) -> None:
+    """Let the initializer of a site hold W [N, K], in the layout and dtype that it has."""
+    value = find_initializer(model, site.weight)
+    assert value.const_value is not None
+    oriented = weight if site.layout is WeightLayout.N_K else weight.T
+    if site.layout is WeightLayout.ONE_K_N:
+        oriented = oriented[np.newaxis]
+    dtype = value.const_value.dtype
+    stored = np.ascontiguousarray(oriented).astype(dtype.numpy(), copy=False)
+    value.const_value = ir.Tensor(stored, dtype=dtype, name=site.weight)
 
 
 def transform_initializer(model: ir.Model, name: str, function: Transform) -> None:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearRole, LinearSite, ModelCensus
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import Axes, Grid, QuantizeConfig, Rounding
 from faq_onnx.errors import ConfigError
 from faq_onnx.quant.formats import BLOCK_SIZES, block_format, check_embedding_format
 
@@ -63,17 +63,32 @@ def _plan_site(site: LinearSite, config: QuantizeConfig, *, shares_table: bool) 
     if shares_table and config.embedding in {"auto", "shared"}:
         block_size = _whole_blocks(site.in_features, block_size)
     fmt = None if reason else block_format(bits, block_size, config.symmetric)
-    clips = config.method is not Method.RTN and config.scale.clip
-    clips = clips and site.role not in _NEVER_CLIPPED and not site.in_subgraph
-    # At 8 bits the steps are so fine that shrinking the range never pays.
-    grid = "clip" if clips and fmt is not None and fmt.code_bits < 8 else "minmax"
+    grid, rounding = _grid_and_rounding(site, config.axes, fmt)
     return SitePlan(
         site=site.name,
         format=fmt,
         grid=grid,
+        rounding=rounding,
         accuracy_level=config.accuracy_level,
         reason=reason,
     )
+
+
+def _grid_and_rounding(
+    site: LinearSite, axes: Axes, fmt: BlockFormat | None
+) -> tuple[Grid, Rounding]:
+    """What the axes mean for one site.
+
+    At 8 bits the steps are so fine that neither pays. A subgraph cannot be calibrated.
+    """
+    if fmt is None or fmt.code_bits >= 8:
+        return "minmax", "nearest"
+    on_activations = axes.grid in {"clip", "search"}
+    if (axes.grid == "clip" and site.role in _NEVER_CLIPPED) or (
+        on_activations and site.in_subgraph
+    ):
+        return "minmax", "nearest" if site.in_subgraph else axes.rounding
+    return axes.grid, "nearest" if site.in_subgraph else axes.rounding
 
 
 def _plan_embedding(

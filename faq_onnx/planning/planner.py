@@ -20,11 +20,12 @@ from faq_onnx.artifacts.plan import (
 )
 from faq_onnx.artifacts.sites import LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PlanError, StatsMismatchError
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
 from faq_onnx.progress import SILENT, Progress
+from faq_onnx.quant.site import looks_at_activations
 
 __all__ = ["PlannedModel", "check_statistics", "make_plan", "needs_statistics"]
 
@@ -73,36 +74,34 @@ class PlannedModel:
 
 
 def needs_statistics(census: ModelCensus, config: QuantizeConfig) -> list[str]:
-    """Names of the groups whose statistics `make_plan` and clipping will read."""
-    if config.method is Method.RTN:
-        return []
+    """Names of the groups whose statistics `make_plan`, grids and rounding will read."""
     plans = plan_sites(census, config)
-    clipped = {plan.site for plan in plans if plan.grid == "clip"}
+    judged = {plan.site for plan in plans if looks_at_activations(plan)}
     scaled = _applications(census, config, plans, plan_embeddings(census, config, plans))
     wanted = [
         group
         for group in census.groups
-        if scaled[group.name] is not ScaleApplication.NONE or clipped & set(group.sites)
+        if scaled[group.name] is not ScaleApplication.NONE or judged & set(group.sites)
     ]
     in_graph = {site.name for site in census.sites if not site.in_subgraph}
     return [group.name for group in wanted if in_graph & set(group.sites)]
 
 
 def check_statistics(plan: QuantPlan, census: ModelCensus, stats: CalibrationStats | None) -> None:
-    """Make sure that clipping will find its statistics: without them it would not happen.
+    """Make sure that grids and rounding will find their statistics: else they would be plain.
 
     Raises:
-        StatsMismatchError: None were given, or they lack groups that the plan clips.
+        StatsMismatchError: None were given, or they lack groups that the plan needs.
     """
-    clipped = {site.site for site in plan.sites if site.grid == "clip"}
-    wanted = [group.name for group in census.groups if clipped & set(group.sites)]
+    judged = {site.site for site in plan.sites if looks_at_activations(site)}
+    wanted = [group.name for group in census.groups if judged & set(group.sites)]
     missing = [name for name in wanted if stats is None or not stats.has(name)]
     if missing:
         found = "no statistics were given" if stats is None else f"{stats.folder} lacks some"
         msg = (
-            f"the plan clips the weights of {len(wanted)} scale groups on their activations, but "
+            f"the plan judges the weights of {len(wanted)} scale groups on their activations, but "
             f"{found} (first: {missing[0]}); give --stats with the folder that the plan was made "
-            "from, or plan with --no-clip"
+            "from, or plan with --grid minmax --rounding nearest"
         )
         raise StatsMismatchError(msg)
 
@@ -139,7 +138,7 @@ def make_plan(
     sites = plan_sites(census, config)
     embeddings = plan_embeddings(census, config, sites)
     if stats is None:
-        if config.method is not Method.RTN:
+        if config.axes.calibrates:
             msg = (
                 f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
             )

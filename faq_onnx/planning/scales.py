@@ -16,7 +16,7 @@ from faq_onnx.artifacts.sites import (
     ScaleGroup,
 )
 from faq_onnx.artifacts.stats import CalibrationStats
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import QuantizeConfig
 from faq_onnx.progress import Progress
 from faq_onnx.quant.channel_scale import (
     awq_scale,
@@ -70,7 +70,7 @@ def _application(
 ) -> ScaleApplication:
     found = [formats[site] for site in group.sites]
     low_bit = [fmt for fmt in found if fmt is not None]
-    if config.method is Method.RTN or not low_bit or not group.scalable:
+    if config.axes.scales == "none" or not low_bit or not group.scalable:
         return ScaleApplication.NONE
     if group.role is GroupRole.LM_HEAD_INPUT and min(f.code_bits for f in low_bit) >= 8:
         return ScaleApplication.NONE
@@ -118,7 +118,8 @@ class ScalePlanner:
     def statistic(self, group: ScaleGroup) -> Array:
         """What the scale is a power of: mean |x|, fused with later layers under FAQ."""
         current = self.stats.mean_abs(group.name)
-        if self.config.method is Method.FAQ and group.role.value in self.config.faq.roles:
+        looks_ahead = self.config.axes.scales == "faq"
+        if looks_ahead and group.role.value in self.config.faq.roles:
             current = fuse_statistics(current, self._future(group), self.config.faq)
         absorber = group.absorber
         if absorber is not None and absorber.repeats > 1 and absorber.head_dim is not None:

@@ -20,7 +20,7 @@ from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.objective import block_errors
 from faq_onnx.quant.uniform import BlockGrid, block_range, fake_quantize, range_grid
 
-__all__ = ["clip_blocks", "clip_grid"]
+__all__ = ["clip_grid"]
 
 Blocks = npt.NDArray[np.float32]
 
@@ -67,42 +67,3 @@ def _clip_rows(
         np.copyto(best.scale, grid.scale, where=better)
         np.copyto(best.zero_point, grid.zero_point, where=better)
     return best
-
-
-def clip_blocks(
-    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
-) -> Blocks:
-    """Clamp each block to its best range; ratio 1 is among the candidates.
-
-    Args:
-        blocks: float32 [N, k_blocks, block].
-        grams: Diagonal blocks of the Gram matrix, float32 [k_blocks, block, block].
-        fmt: Format that the clamped blocks will be rounded to.
-        scale_dtype: Dtype in which scales are stored.
-
-    Returns:
-        float32 [N, k_blocks, block], the clamped weights.
-    """
-    clipped = np.empty_like(blocks)
-    for start in range(0, len(blocks), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        clipped[rows] = _clamp_rows(blocks[rows], grams, fmt, scale_dtype)
-    return clipped
-
-
-def _clamp_rows(
-    blocks: Blocks, grams: Blocks, fmt: BlockFormat, scale_dtype: npt.DTypeLike
-) -> Blocks:
-    limit = np.abs(blocks).max(axis=-1, keepdims=True)
-    best_error = np.full(blocks.shape[:-1], np.inf, np.float32)
-    best_limit = limit.copy()
-    for step in range(CLIP_STEPS):
-        candidate = limit * np.float32(1 - step / CLIP_GRID)
-        clamped = np.clip(blocks, -candidate, candidate)
-        delta = fake_quantize(clamped, fmt, out=clamped, scale_dtype=scale_dtype)
-        delta -= blocks
-        error = block_errors(delta, grams)
-        better = error < best_error
-        best_error[better] = error[better]
-        best_limit[better] = candidate[better]
-    return np.clip(blocks, -best_limit, best_limit)

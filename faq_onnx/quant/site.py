@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -10,23 +11,67 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.artifacts.plan import BlockFormat, SitePlan
 from faq_onnx.artifacts.weights import QuantizedWeight
-from faq_onnx.quant.clip import clip_blocks
+from faq_onnx.errors import PlanError
+from faq_onnx.quant.clip import clip_grid
+from faq_onnx.quant.data_free import hqq_grid, k_quant_grid
+from faq_onnx.quant.gptq import GramFactor, round_gptq, weight_error
+from faq_onnx.quant.grid import search_grid
 from faq_onnx.quant.objective import block_grams, output_energy
+from faq_onnx.quant.refit import descend_codes, refit_scales
+from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import (
-    dequantize,
+    BlockGrid,
     minmax_grid,
     round_to_grid,
     to_blocks,
     to_quantized_weight,
 )
 
-__all__ = ["QuantizedSite", "quantize_weight", "rtn_digest"]
+__all__ = [
+    "QuantizedSite",
+    "SiteMoments",
+    "looks_at_activations",
+    "quantize_weight",
+    "rtn_digest",
+]
 
 Array = npt.NDArray[np.float32]
 
 ROWS_AT_A_TIME = 4096  # a head of 150,000 rows would otherwise need gigabytes of temporaries
+FEWEST_ROWS = 64  # a thread for less would wait more than work
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteMoments:
+    """What grids and rounding look at. What is derived from it is made once, for all rows.
+
+    Attributes:
+        gram: E[x^T x] of the activations that the weight will meet, float32 [K, K].
+        damping: Ridge of GPTQ, relative to the mean of the diagonal.
+        target: What to round instead of the weight itself, float32 [N, K]: shifted to make up for
+            errors that came before.
+    """
+
+    gram: Array
+    damping: float = 0.01
+    target: Array | None = None
+
+    @functools.cached_property
+    def factor(self) -> GramFactor:
+        """For GPTQ."""
+        return GramFactor.of(self.gram, self.damping)
+
+    def with_target(self, target: Array) -> SiteMoments:
+        """The same activations, another target; the factor is shared."""
+        other = dataclasses.replace(self, target=target)
+        other.__dict__["factor"] = self.factor
+        return other
+
+    def block_grams(self, block_size: int) -> Array:
+        """Diagonal blocks, float32 [k_blocks, block, block]."""
+        return block_grams(self.gram, block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,67 +92,111 @@ class QuantizedSite:
 
 def quantize_weight(
     weight: Array,
-    fmt: BlockFormat,
+    plan: SitePlan,
+    moments: SiteMoments | None = None,
     *,
-    gram: Array | None = None,
-    clip: bool = False,
     scale_dtype: npt.DTypeLike = np.float32,
+    workers: int = 1,
 ) -> QuantizedSite:
     """Quantize one weight.
 
     Args:
         weight: float32 [N, K], channel scales already multiplied in.
-        fmt: Bits, block size, symmetry.
-        gram: E[x^T x] of the activations that this weight will meet, float32 [K, K].
-        clip: Search clipping ratios on the Gram matrix's diagonal blocks.
+        plan: Format, grid and rounding.
+        moments: Of the activations that this weight will meet; without them grid and rounding
+            must not need any.
         scale_dtype: Dtype in which scales are stored: that of the model's activations.
+        workers: Threads; rows are shared out among them.
+
+    Raises:
+        PlanError: The plan looks at activations, and there are no moments.
     """
-    grams = block_grams(gram, fmt.block_size) if clip and gram is not None else None
-    pieces = [
-        _quantize_rows(weight[start : start + ROWS_AT_A_TIME], fmt, gram, grams, scale_dtype)
-        for start in range(0, len(weight), ROWS_AT_A_TIME)
-    ]
+    assert plan.format is not None
+    if moments is None and looks_at_activations(plan):
+        msg = (
+            f"{plan.site}: grid {plan.grid} with rounding {plan.rounding} needs the statistics of "
+            "its activations; calibrate, or choose --grid minmax --rounding nearest"
+        )
+        raise PlanError(msg)
+    step = min(ROWS_AT_A_TIME, max(FEWEST_ROWS, -(-len(weight) // workers)))
+    starts = range(0, len(weight), step)
+
+    def quantize(start: int) -> _Rows:
+        rows = slice(start, start + step)
+        target = weight if moments is None or moments.target is None else moments.target
+        return _quantize_rows(weight[rows], target[rows], plan, moments, scale_dtype)
+
+    if workers > 1:
+        pieces = list(map_in_threads(quantize, starts))
+    else:
+        pieces = [quantize(start) for start in starts]
     signal = sum(piece.signal for piece in pieces)
     noise = sum(piece.noise for piece in pieces)
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(piece.codes_digest)
+        digest.update(piece.codes)
     return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
+
+
+def looks_at_activations(plan: SitePlan) -> bool:
+    """Whether a site's grid or rounding is judged on activations."""
+    judged = plan.grid in {"clip", "search"} or plan.rounding == "gptq"
+    return plan.format is not None and judged
 
 
 def rtn_digest(weight: Array, fmt: BlockFormat, scale_dtype: npt.DTypeLike) -> str:
     """`QuantizedSite.codes_digest` of plain round-to-nearest: did a method change anything?"""
-    return quantize_weight(weight, fmt, scale_dtype=scale_dtype).codes_digest
+    plain = SitePlan(site="", format=fmt)
+    return quantize_weight(weight, plain, scale_dtype=scale_dtype).codes_digest
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     weight: QuantizedWeight
-    codes_digest: bytes
+    codes: bytes
     signal: float
     noise: float
 
 
 def _quantize_rows(
     weight: Array,
-    fmt: BlockFormat,
-    gram: Array | None,
-    grams: Array | None,
+    target: Array,
+    plan: SitePlan,
+    moments: SiteMoments | None,
     scale_dtype: npt.DTypeLike,
 ) -> _Rows:
     """Some rows [n, K]: they do not depend on each other, and temporaries stay small."""
-    blocks = to_blocks(weight, fmt.block_size)
-    target = blocks if grams is None else clip_blocks(blocks, grams, fmt, scale_dtype)
-    grid = minmax_grid(target, fmt, scale_dtype)
-    codes = round_to_grid(target, grid, fmt)
+    fmt = plan.format
+    assert fmt is not None
+    grid = _find_grid(target, plan, moments, scale_dtype)
+    if plan.rounding == "gptq" and moments is not None:
+        codes = round_gptq(target, grid, fmt, moments.factor)
+        grid = refit_scales(target, codes, grid, moments.gram, scale_dtype)
+        codes = descend_codes(target, codes, grid, moments.gram, fmt)
+        grid = refit_scales(target, codes, grid, moments.gram, scale_dtype)
+    else:
+        codes = round_to_grid(to_blocks(target, fmt.block_size), grid, fmt)
     packed = to_quantized_weight(codes, grid, fmt, weight.shape[1], scale_dtype)
-    delta = dequantize(codes, grid).reshape(len(weight), -1)[:, : weight.shape[1]] - weight
-    return _Rows(
-        packed,
-        hashlib.sha256(codes.tobytes()).digest(),
-        _energy(weight, gram),
-        _energy(delta, gram),
-    )
+    delta = weight_error(weight, codes, grid)
+    gram = None if moments is None else moments.gram
+    return _Rows(packed, codes.tobytes(), _energy(weight, gram), _energy(delta, gram))
+
+
+def _find_grid(
+    weight: Array, plan: SitePlan, moments: SiteMoments | None, scale_dtype: npt.DTypeLike
+) -> BlockGrid:
+    fmt = plan.format
+    assert fmt is not None
+    blocks = to_blocks(weight, fmt.block_size)
+    if plan.grid == "hqq":
+        return hqq_grid(blocks, fmt, scale_dtype)
+    if plan.grid == "k-quant":
+        return k_quant_grid(blocks, fmt, scale_dtype)
+    if plan.grid == "minmax" or moments is None:
+        return minmax_grid(blocks, fmt, scale_dtype)
+    grams = moments.block_grams(fmt.block_size)
+    find = clip_grid if plan.grid == "clip" else search_grid
+    return find(blocks, grams, fmt, scale_dtype)
 
 
 def _energy(matrix: Array, gram: Array | None) -> float:

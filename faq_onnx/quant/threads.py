@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-__all__ = ["map_in_threads"]
+__all__ = ["map_in_threads", "thread_count"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,8 +22,12 @@ Result = TypeVar("Result")
 MOST_THREADS = 8  # each holds the temporaries of one weight
 
 
+def thread_count() -> int:
+    """Threads that work on weights at once."""
+    return min(os.cpu_count() or 1, MOST_THREADS)
+
+
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map(function, items)` on all cores, results in the order of `items`."""
-    workers = min(os.cpu_count() or 1, MOST_THREADS)
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(thread_count()) as pool:
         yield from pool.map(function, items)

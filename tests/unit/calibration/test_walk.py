@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.sites import LinearRole
-from faq_onnx.calibration import walk as walk_module
+from faq_onnx.calibration import batches as batches_module
 from faq_onnx.calibration.walk import LayerWalk, PartSums
 from faq_onnx.errors import CalibrationError, NonFiniteError
 from faq_onnx.graph.cut import cut_model
@@ -43,7 +43,7 @@ Array = npt.NDArray[np.float64]
 @pytest.fixture(autouse=True)
 def _several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows a run, so that sums go over runs of 2, 2 and 1."""
-    monkeypatch.setattr(walk_module, "TOKENS_PER_RUN", 2 * LENGTH)
+    monkeypatch.setattr(batches_module, "TOKENS_PER_RUN", 2 * LENGTH)
 
 
 def _requests() -> dict[int, list[ActivationRequest]]:

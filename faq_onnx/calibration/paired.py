@@ -1,0 +1,289 @@
+"""Walk the float model and the one quantized so far side by side, scale group by scale group.
+
+A site that is rounded against its float inputs does not know that its real inputs already carry
+the errors of all sites before it. Here every group is reached twice, on the same tokens: by the
+float path x and by the low-bit path x_q, on which all earlier sites hold their rounded weights.
+The caller gets the second moments of both, rounds, and gives back what the low-bit path goes on
+with. One part's weights are in memory at a time; hidden states lie on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
+from faq_onnx.calibration.batches import Batch, make_batches, part_feeds, store_key
+from faq_onnx.calibration.hidden import HiddenStore
+from faq_onnx.errors import NonFiniteError
+from faq_onnx.graph.cut import Part, cut_at, extract_part
+from faq_onnx.graph.io import release_weights, save_model
+from faq_onnx.graph.weights import replace_weight
+from faq_onnx.progress import SILENT, Progress
+from faq_onnx.runtime.session import open_session
+
+__all__ = ["PairedMoments", "PairedWalk", "Solve"]
+
+Array = npt.NDArray[np.float32]
+Accumulator = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedMoments:
+    """What one group sees on the low-bit path, and how the float path differs; means over tokens.
+
+    Attributes:
+        gram: E[x_q^T x_q], float32 [K, K].
+        cross: E[(x - x_q)^T x_q], float32 [K, K].
+        residual: By site that adds to the residual stream, E[(r - r_q)^T x_q], float32 [N, K]:
+            r is the float stream behind the addition, r_q the low-bit stream in front of it, so
+            r - r_q is what the site should add for the streams to meet again.
+    """
+
+    gram: Array
+    cross: Array
+    residual: Mapping[str, Array]
+
+
+Solve = Callable[[ScaleGroup, PairedMoments], Mapping[str, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Residual:
+    """Where a site's output joins the residual stream."""
+
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stop:
+    """One group as the walk meets it: `value` is what its sites read."""
+
+    group: ScaleGroup
+    value: str
+    residuals: Mapping[str, _Residual]
+
+
+@dataclasses.dataclass
+class PairedWalk:
+    """One walk; not resumed when interrupted.
+
+    Attributes:
+        model: The float model, channel scales folded.
+        census: Of it.
+        folder: For hidden states and part models.
+    """
+
+    model: ir.Model
+    census: ModelCensus
+    folder: Path
+    _diverged: set[str] = dataclasses.field(default_factory=set, init=False)
+
+    def reachable(self, groups: Iterable[str]) -> list[str]:
+        """Those of the groups (names) that `run` will stop at: their input crosses two parts."""
+        parts, stops = self._plan(set(groups))
+        return [stop.group.name for part in parts for stop in stops.get(part.index, ())]
+
+    def run(
+        self,
+        windows: npt.NDArray[np.int64],
+        groups: Iterable[str],
+        solve: Solve,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Stop at every group, in graph order.
+
+        Args:
+            windows: Token ids, int64 [windows, length].
+            groups: Names of the groups to stop at; others stay float on both paths.
+            solve: Gets a group and its moments, returns the weights [N, K] that the low-bit path
+                goes on with, by site name.
+            progress: One step per part.
+
+        Raises:
+            NonFiniteError: An activation became NaN or infinite.
+        """
+        parts, stops = self._plan(set(groups))
+        batches = make_batches(windows)
+        last = max((index for index in stops), default=-1)
+        parts = [part for part in parts if part.index <= last]
+        with progress.stage("round layer by layer", len(parts), "parts") as advance:
+            for part in parts:
+                here = stops.get(part.index, [])
+                is_last = part.index == last
+                after = {r.after for stop in here for r in stop.residuals.values()}
+                crossing = () if is_last else part.outputs
+                if crossing or after:
+                    self._forward(part, batches, {*crossing, *after}, {}, self._float)
+                weights: dict[str, Array] = {}
+                for stop in here:
+                    weights |= solve(stop.group, self._moments(stop, part, batches))
+                diverged = weights or self._diverged & set(part.inputs)
+                if crossing and diverged:
+                    self._forward(part, batches, set(crossing), weights, self._low_bit)
+                    self._diverged |= part.varying & set(crossing)
+                self._drop_dead(part, parts, after)
+                advance(1)
+
+    @property
+    def _float(self) -> HiddenStore:
+        return HiddenStore(self.folder / "float")
+
+    @property
+    def _low_bit(self) -> HiddenStore:
+        return HiddenStore(self.folder / "low-bit")
+
+    def _plan(self, wanted: set[str]) -> tuple[list[Part], dict[int, list[_Stop]]]:
+        """The parts, and the groups that end each."""
+        order = {site.name: number for number, site in enumerate(self.census.sites)}
+        groups = sorted(self.census.groups, key=lambda g: min(order[s] for s in g.sites))
+        in_graph = {site.name for site in self.census.sites if not site.in_subgraph}
+        groups = [group for group in groups if in_graph.issuperset(group.sites)]
+        stage_of = {
+            self.census.site(name).output: number
+            for number, group in enumerate(groups, start=1)
+            for name in group.sites
+        }
+        parts = cut_at(self.model, stage_of)
+        values = ir.convenience.create_value_mapping(self.model.graph, include_subgraphs=False)
+        stops: dict[int, list[_Stop]] = {}
+        for group in groups:
+            sites = [self.census.site(name) for name in group.sites]
+            part = _common_part(parts, sites)
+            read = {_activation(values[site.output]) for site in sites}
+            if group.name not in wanted or part is None or len(read) != 1:
+                continue
+            (value,) = read
+            if value not in part.varying or value not in part.inputs:
+                continue
+            residuals = {s.name: r for s in sites if (r := _residual(values[s.output], part))}
+            stops.setdefault(part.index, []).append(_Stop(group, value, residuals))
+        return parts, stops
+
+    def _forward(
+        self,
+        part: Part,
+        batches: Sequence[Batch],
+        outputs: set[str],
+        weights: Mapping[str, Array],
+        store: HiddenStore,
+    ) -> None:
+        """Run one part on all batches and keep `outputs` in `store`."""
+        store.folder.mkdir(parents=True, exist_ok=True)
+        low_bit = store == self._low_bit
+        names = sorted(outputs)
+        model = extract_part(self.model, self._types(part.inputs), names)
+        for name, weight in weights.items():
+            replace_weight(model, self.census.site(name), weight)
+        path = self.folder / "part.onnx"
+        save_model(model, path, external_data=True)
+        release_weights(model)
+        session = open_session(path)
+        for batch in batches:
+            stored = {name: self._read(part, name, batch, low_bit=low_bit) for name in part.inputs}
+            results = session.run(names, part_feeds(session, batch.ids, stored))
+            for name, result in zip(names, results, strict=True):
+                varying = name in part.varying or name not in part.outputs
+                store.put(name, store_key(varying, batch.name, batch.ids.shape), result)
+
+    def _read(
+        self, part: Part, name: str, batch: Batch, *, low_bit: bool
+    ) -> npt.NDArray[np.generic]:
+        store = self._low_bit if low_bit and name in self._diverged else self._float
+        return store.get(name, store_key(name in part.varying, batch.name, batch.ids.shape))
+
+    def _types(self, names: Sequence[str]) -> dict[str, tuple[ir.DataType, int]]:
+        types = {}
+        for name in names:
+            dtype, rank = self._float.kind(name)
+            types[name] = (ir.DataType.from_numpy(dtype), rank)
+        return types
+
+    def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> PairedMoments:
+        size = stop.group.in_features
+        gram, cross = np.zeros((size, size)), np.zeros((size, size))
+        sums: dict[str, Accumulator] = {
+            name: np.zeros((self.census.site(name).out_features, size)) for name in stop.residuals
+        }
+        tokens = 0
+        for batch in batches:
+            low = _rows(self._read(part, stop.value, batch, low_bit=True))
+            gram += low.T @ low
+            tokens += len(low)
+            if len(sums) < len(stop.group.sites):
+                cross += (_rows(self._read(part, stop.value, batch, low_bit=False)) - low).T @ low
+            for name, total in sums.items():
+                place = stop.residuals[name]
+                after = _rows(self._float.get(place.after, batch.name))
+                before = _rows(self._read(part, place.before, batch, low_bit=True))
+                total += (after - before).T @ low
+        self._check_finite(stop, gram)
+        return PairedMoments(
+            (gram / tokens).astype(np.float32),
+            (cross / tokens).astype(np.float32),
+            {name: (total / tokens).astype(np.float32) for name, total in sums.items()},
+        )
+
+    def _check_finite(self, stop: _Stop, gram: Accumulator) -> None:
+        bad = np.flatnonzero(~np.isfinite(np.diagonal(gram)))
+        if bad.size:
+            msg = (
+                f"{stop.group.name}: activation {stop.value!r} of the low-bit model is not finite "
+                f"in {bad.size} of {len(gram)} channels (first: {bad[0]}); use more bits, or "
+                "--path float"
+            )
+            raise NonFiniteError(msg)
+
+    def _drop_dead(self, part: Part, parts: Sequence[Part], after: set[str]) -> None:
+        """Forget what no later part reads."""
+        later = {name for other in parts if other.index > part.index for name in other.inputs}
+        for name in {*part.inputs, *after} - later:
+            self._float.drop(name)
+            self._low_bit.drop(name)
+
+
+def _rows(array: npt.NDArray[np.generic]) -> Array:
+    return array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+
+
+def _common_part(parts: Sequence[Part], sites: Sequence[LinearSite]) -> Part | None:
+    """The part that computes all of the sites, if one does."""
+    names = {site.output for site in sites}
+    return next((part for part in parts if names <= part.produces), None)
+
+
+def _activation(output: ir.Value) -> str | None:
+    """The value that the site with this output reads."""
+    node = output.producer()
+    value = None if node is None else node.inputs[0]
+    return None if value is None else value.name
+
+
+def _residual(output: ir.Value, part: Part) -> _Residual | None:
+    """Where `output` is added to a value that is there before the part runs.
+
+    A bias that is added first is looked through. None where something else comes between (a norm
+    behind the site, as in Gemma 3): then what the site should add is not known.
+    """
+    value = output
+    for _ in range(2):
+        users = [node for node, _ in value.uses()]
+        if len(users) != 1 or users[0].op_type != "Add":
+            return None
+        node = users[0]
+        (other,) = [v for v in node.inputs if v is not value] or [None]
+        after = node.outputs[0]
+        if other is None or other.name is None or after.name is None:
+            return None
+        if other.name in part.inputs and other.name in part.varying:
+            return _Residual(other.name, after.name)
+        if other.const_value is None:
+            return None
+        value = after
+    return None
