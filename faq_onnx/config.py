@@ -108,7 +108,7 @@ class CalibrationConfig(_Section):
 class ScaleConfig(_Section):
     """The search for channel scales, common to AWQ and FAQ."""
 
-    statistic: Scales | Literal["method"] = "method"
+    statistic: Literal[Scales, "method"] = "method"
     """Channel scales: none, from this layer's activations (awq), or with later layers' (faq);
     by default what the method says.
     """
@@ -123,13 +123,13 @@ class ScaleConfig(_Section):
 class RoundingConfig(_Section):
     """Block grids and rounding."""
 
-    grid: Grid | Literal["method"] = "method"
+    grid: Literal[Grid, "method"] = "method"
     """Scale and zero point of each block: its range, AWQ's clipping, the search on the Gram
     matrix, or a data-free search (hqq, k-quant).
     """
-    rounding: Rounding | Literal["method"] = "method"
+    rounding: Literal[Rounding, "method"] = "method"
     """Each weight to its nearest level, or so that errors cancel (gptq)."""
-    path: Path | Literal["method"] = "method"
+    path: Literal[Path, "method"] = "method"
     """Round against activations of the float model, or of the model quantized so far."""
     path_samples: Annotated[int, Field(ge=1)] = 32
     """Windows that walk the low-bit path; at most the calibration's."""

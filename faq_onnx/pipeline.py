@@ -60,6 +60,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
+_AXES = ("grid", "rounding", "path")
 
 
 @dataclasses.dataclass
@@ -112,7 +113,7 @@ def convert(  # noqa: PLR0913 - the public entry point
         with run.timed("plan"):
             planned = make_plan(opened.census, config, stats, opened.read, progress)
         return _apply(
-            run, opened, planned, stats, reference, windows, folder=out.path, force=force
+            run, opened, planned, stats, reference, windows=windows, folder=out.path, force=force
         )
 
 
@@ -128,9 +129,8 @@ def preview(
     """The formats that `convert` would use, without running the model."""
     with _work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
-        planned = make_plan(
-            opened.census, config.model_copy(update={"method": Method.RTN}), None, opened.read
-        )
+        plan_sites(opened.census, config)  # a wrong wish is told here as in `convert`
+        planned = make_plan(opened.census, _plain(config), None, opened.read)
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
         size = run_report.source_bytes(opened)
@@ -208,7 +208,14 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
         with run.timed("reference"):
             reference = _collector(run, opened).logits(windows.heldout, progress, "float model")
         return _apply(
-            run, opened, planned, collected, reference, windows, folder=out.path, force=force
+            run,
+            opened,
+            planned,
+            collected,
+            reference,
+            windows=windows,
+            folder=out.path,
+            force=force,
         )
 
 
@@ -244,6 +251,16 @@ def path_windows(
     count = min(config.rounding.path_samples, len(windows))
     picked = np.linspace(0, len(windows) - 1, count).round().astype(np.intp)
     return windows[picked]
+
+
+def _plain(config: QuantizeConfig) -> QuantizeConfig:
+    """The same formats with nothing that would have to run the model."""
+    plain = {
+        "method": Method.RTN,
+        "scale": config.scale.model_copy(update={"statistic": "method"}),
+        "rounding": config.rounding.model_copy(update=dict.fromkeys(_AXES, "method")),
+    }
+    return config.model_copy(update=plain)
 
 
 def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
@@ -317,8 +334,8 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
     planned: PlannedModel,
     stats: CalibrationStats | None,
     reference: ReferenceLogits,
-    windows: TokenWindows,
     *,
+    windows: TokenWindows,
     folder: Path,
     force: bool,
 ) -> RunReport:

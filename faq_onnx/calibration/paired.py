@@ -218,11 +218,10 @@ class PairedWalk:
             tokens += len(low)
             if len(sums) < len(stop.group.sites):
                 cross += (_rows(self._read(part, stop.value, batch, low_bit=False)) - low).T @ low
-            for name, total in sums.items():
-                place = stop.residuals[name]
+            for name, place in stop.residuals.items():
                 after = _rows(self._float.get(place.after, batch.name))
                 before = _rows(self._read(part, place.before, batch, low_bit=True))
-                total += (after - before).T @ low
+                sums[name] += (after - before).T @ low
         self._check_finite(stop, gram)
         return PairedMoments(
             (gram / tokens).astype(np.float32),

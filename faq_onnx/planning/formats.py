@@ -21,10 +21,12 @@ def plan_sites(census: ModelCensus, config: QuantizeConfig) -> tuple[SitePlan, .
     """One plan per site, in census order.
 
     Raises:
-        ConfigError: An --exclude pattern fits no site, or nothing is left to quantize.
+        ConfigError: An --exclude pattern fits no site, nothing is left to quantize, or the grid
+            does not go with the format.
         UnsupportedFormatError: A format that no kernel stores.
     """
     _check_patterns(census.sites, config.exclude)
+    _check_grid(config)
     tied = {table.tied_site for table in census.embeddings}
     plans = tuple(
         _plan_site(site, config, shares_table=site.name in tied) for site in census.sites
@@ -121,6 +123,16 @@ def _whole_blocks(in_features: int, block_size: int) -> int:
     """The largest block up to `block_size` that divides K: what a Gather can read, too."""
     fitting = [b for b in BLOCK_SIZES if b <= block_size and in_features % b == 0]
     return max(fitting, default=block_size)
+
+
+def _check_grid(config: QuantizeConfig) -> None:
+    if config.symmetric and config.axes.grid == "hqq":
+        way = "--method hqq" if config.rounding.grid == "method" else "--grid hqq"
+        msg = (
+            f"{way} with --symmetric: it moves zero points, and a symmetric format has none; "
+            "choose --asymmetric, or another grid: minmax, clip, search or k-quant"
+        )
+        raise ConfigError(msg)
 
 
 def _check_patterns(sites: Sequence[LinearSite], patterns: Sequence[str]) -> None:
