@@ -195,6 +195,7 @@ class _Runner:
         session = self._open(self._extract(logits), "part")
         for window in range(len(self.windows)):
             reference = self._reference(session, window)
+            self.advance(1)
             for stream in streams:
                 found = self._run(session, [_Unit(stream, window)])[logits[0]]
                 totals[stream] += reference.kl(found, stream)

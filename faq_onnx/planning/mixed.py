@@ -53,6 +53,7 @@ COARSE = block_format(3, 32, symmetric=False)
 # Rows that stand for a weight: all its candidates are judged on the same ones.
 SAMPLE_ROWS = 128
 PLAIN = MappingProxyType({"grid": "minmax", "rounding": "nearest"})
+ROWS_AT_A_TIME = 4096
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -81,7 +82,7 @@ class CoarseRounding:
             values = self.read_weight(weight)
             rounded = _fake_quantized(values, COARSE)
             gram = _gram(self.stats, self.census, weight.name)
-            return Perturbation(rounded, _energy(rounded - values, gram))
+            return Perturbation(rounded, _rounding_energy(rounded, values, gram))
         values = self.read_table(weight)
         rounded = _fake_quantized(values, COARSE)
         seen = self.ids.reshape(-1)
@@ -319,6 +320,15 @@ def _gram(stats: CalibrationStats, census: ModelCensus, site: str) -> Array | No
 
 def _energy(delta: Array, gram: Array | None) -> float:
     return float(np.vdot(delta, delta)) if gram is None else output_energy(delta, gram)
+
+
+def _rounding_energy(rounded: Array, weight: Array, gram: Array | None) -> float:
+    """`_energy` of a whole weight, some rows at a time: a head may be half of the model."""
+    total = 0.0
+    for start in range(0, len(weight), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        total += _energy(rounded[rows] - weight[rows], gram)
+    return total
 
 
 def _fake_quantized(weight: Array, fmt: BlockFormat) -> Array:

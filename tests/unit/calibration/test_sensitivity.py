@@ -7,7 +7,8 @@ Both compute the same function; they differ by float32 rounding, which moves log
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_window
 from faq_onnx.errors import CalibrationError, NonFiniteError
 from faq_onnx.graph.cut import Part, cut_model
 from faq_onnx.graph.weights import read_initializer, read_weight, transform_initializer
+from faq_onnx.progress import Advance
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.uniform import fake_quantize, to_blocks
 from faq_onnx.runtime.feeds import decoder_feeds
@@ -167,6 +169,35 @@ def test_windows_are_the_first_that_make_the_tokens() -> None:
     assert len(sensitivity_windows(windows, 16)) == 2
     assert len(sensitivity_windows(windows, 4)) == 1
     assert len(sensitivity_windows(windows)) == 5
+
+
+class _Counter:
+    """Adds up what is announced and what is reported."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.done = 0.0
+
+    @contextmanager
+    def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
+        del title, unit
+        self.total += total
+        yield self._advance
+
+    def _advance(self, steps: float) -> None:
+        self.done += steps
+
+    def note(self, text: str) -> None:
+        del text
+
+
+def test_progress_ends_at_what_was_announced(tmp_path: Path) -> None:
+    spec = TinyLlama(layers=1)
+    model, census = tiny_llama_onnx(spec), tiny_llama_census(spec)
+    walk = SensitivityWalk(model, census, _parts(model, census), tmp_path)
+    counter = _Counter()
+    walk.run(_ids(spec), lambda weight: _perturb(model, weight), counter)
+    assert counter.done == counter.total > 0
 
 
 def test_no_windows_are_refused(tmp_path: Path) -> None:
