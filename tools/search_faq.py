@@ -26,7 +26,7 @@ SCALED = {"share_heads": True}  # the trail began with o_proj scaled; the defaul
 TRAIL: dict[str, dict[str, object]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
-    "awq, no clip": {"method": "awq", "scale": {"clip": False}},
+    "awq, no clip": {"method": "awq", "rounding": {"grid": "minmax"}},
     "awq, o_proj not scaled": {"method": "awq", "scale": {"share_heads": False}},
     "faq base": {"faq": BASE},
     "faq fusion 0.5": {"faq": {**BASE, "fusion": 0.5}},

@@ -403,7 +403,7 @@ def test_result_worse_than_max_kl(refuse: Refuse, cli: Any, source: Path, tmp_pa
 def test_calibrated_result_that_equals_rtn(
     refuse: Refuse, cli: Any, source: Path, tmp_path: Path
 ) -> None:
-    words = ("--method", "awq", "--grid-points", "1", "--no-clip")
+    words = ("--method", "awq", "--grid-points", "1", "--grid", "minmax")
     says = ("--method awq changed nothing", "15 sites", "round-to-nearest", "--force")
     refuse(VERIFICATION, source, *words, says=says)
     done = cli.quick("convert", source, "-o", tmp_path / "out", *words, "--force", "--json")

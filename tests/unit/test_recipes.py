@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import Axes, Method, QuantizeConfig
 from faq_onnx.errors import ConfigError, RecipeError
 from faq_onnx.recipes import (
     build_config,
@@ -28,13 +28,13 @@ def _recipe(folder: Path, text: str) -> Path:
 
 def test_recipe_becomes_a_config(tmp_path: Path) -> None:
     path = _recipe(
-        tmp_path, 'method = "awq"\nbits = 8\n[faq]\nfusion = 1\n[scale]\nclip = false\n'
+        tmp_path, 'method = "awq"\nbits = 8\n[faq]\nfusion = 1\n[rounding]\ngrid = "minmax"\n'
     )
     config = load_recipe(path)
     assert config.method is Method.AWQ
     assert config.bits == 8
     assert config.faq.fusion == 1.0
-    assert config.scale.clip is False
+    assert config.axes == Axes("awq", "minmax", "nearest")
     assert config.block_size == QuantizeConfig().block_size
 
 
@@ -57,7 +57,15 @@ def test_all_wrong_keys_are_listed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('method = "gptq"', "method: found 'gptq'; allowed 'rtn', 'awq' or 'faq'"),
+        (
+            'method = "gguf"',
+            "method: found 'gguf'; allowed 'rtn', 'hqq', 'k-quant', 'awq', 'faq', 'gptq', "
+            "'faq-gptq' or 'best'",
+        ),
+        (
+            '[rounding]\npath = "long"',
+            "rounding.path: found 'long'; allowed 'float', 'low-bit' or 'method'",
+        ),
         ("[calibration]\nsamples = 0", "calibration.samples: found 0; allowed a number >= 1"),
         ('[calibration]\nsamples = "x"', "calibration.samples: found 'x'; allowed a whole number"),
         ("[verify]\nmax_kl = 0", "verify.max_kl: found 0; allowed a number > 0.0"),

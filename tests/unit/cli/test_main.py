@@ -16,7 +16,7 @@ import faq_onnx
 from faq_onnx.cli import recipe
 from faq_onnx.cli.main import COMMANDS, build_parser, main
 from faq_onnx.cli.options import read_config
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import Axes, Method, QuantizeConfig
 
 
 def _parse(*words: str) -> argparse.Namespace:
@@ -51,7 +51,9 @@ def test_method_settings() -> None:
     config = _config(
         *("--faq-preview", "layer", "--faq-fusion", "1", "--faq-window", "2"),
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
-        *("--grid-points", "10", "--no-clip"),
+        *("--scales", "awq", "--grid-points", "10"),
+        *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-samples", "3"),
+        *("--damping", ".02", "--shift", "1"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
     assert config.faq.model_dump() == {
@@ -62,11 +64,20 @@ def test_method_settings() -> None:
         "normalisation": "max",
     }
     assert config.scale.model_dump() == {
+        "statistic": "awq",
         "grid_points": 10,
-        "clip": False,
         "share_heads": False,
         "insert_mul": True,
     }
+    assert config.rounding.model_dump() == {
+        "grid": "minmax",
+        "rounding": "gptq",
+        "path": "low-bit",
+        "path_samples": 3,
+        "damping": 0.02,
+        "shift": 1.0,
+    }
+    assert config.axes == Axes("awq", "minmax", "gptq", "low-bit")
     assert config.verify.samples == 3
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from faq_onnx.artifacts.plan import EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, Tie
-from faq_onnx.config import Method, QuantizeConfig, ScaleConfig
+from faq_onnx.config import Method, QuantizeConfig, RoundingConfig
 from faq_onnx.errors import ConfigError, UnsupportedFormatError
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.testing import TinyLlama, tiny_llama_census
@@ -67,11 +67,64 @@ def test_nothing_left_to_quantize_is_a_mistake() -> None:
         plan_sites(CENSUS, QuantizeConfig(exclude=("*",)))
 
 
-def test_what_is_clipped() -> None:
-    grids = {plan.site: plan.grid for plan in plan_sites(CENSUS, QuantizeConfig())}
+@pytest.mark.parametrize("method", [Method.AWQ, Method.FAQ])
+def test_what_is_clipped(method: Method) -> None:
+    plans = _sites(QuantizeConfig(method=method))
     for site in CENSUS.sites:
         never = site.role in {LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.LM_HEAD}
-        assert grids[site.name] == ("minmax" if never else "clip"), site.name
+        assert plans[site.name].grid == ("minmax" if never else "clip"), site.name
+        assert plans[site.name].rounding == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "rounding"),
+    [
+        (Method.RTN, "minmax", "nearest"),
+        (Method.HQQ, "hqq", "nearest"),
+        (Method.K_QUANT, "k-quant", "nearest"),
+        (Method.GPTQ, "search", "gptq"),
+        (Method.FAQ_GPTQ, "search", "gptq"),
+        (Method.BEST, "search", "gptq"),
+    ],
+)
+def test_grid_and_rounding_of_a_method(method: Method, grid: str, rounding: str) -> None:
+    """The head has 8 bits: there neither pays."""
+    for name, plan in _sites(QuantizeConfig(method=method)).items():
+        expected = ("minmax", "nearest") if name == HEAD else (grid, rounding)
+        assert (plan.grid, plan.rounding) == expected, name
+
+
+def test_an_axis_set_apart_wins_over_the_method() -> None:
+    config = QuantizeConfig(method=Method.GPTQ, rounding=RoundingConfig(grid="clip"))
+    plans = _sites(config)
+    assert (plans[Q_PROJ].grid, plans[Q_PROJ].rounding) == ("minmax", "gptq")
+    down = next(site.name for site in CENSUS.sites if site.role is LinearRole.DOWN_PROJ)
+    assert (plans[down].grid, plans[down].rounding) == ("clip", "gptq")
+
+
+def test_what_lies_in_a_subgraph_is_rounded_without_activations() -> None:
+    sites = tuple(site.model_copy(update={"in_subgraph": True}) for site in CENSUS.sites)
+    inside = CENSUS.model_copy(update={"sites": sites})
+    for method, grid in ((Method.BEST, "minmax"), (Method.AWQ, "minmax"), (Method.HQQ, "hqq")):
+        plans = _sites(QuantizeConfig(method=method), inside)
+        assert (plans[Q_PROJ].grid, plans[Q_PROJ].rounding) == (grid, "nearest")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (QuantizeConfig(method=Method.HQQ, symmetric=True), "--method hqq with --symmetric"),
+        (
+            QuantizeConfig(symmetric=True, rounding=RoundingConfig(grid="hqq")),
+            "--grid hqq with --symmetric",
+        ),
+    ],
+)
+def test_hqq_needs_zero_points(config: QuantizeConfig, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan_sites(CENSUS, config)
+    other = config.model_copy(update={"rounding": RoundingConfig(grid="k-quant")})
+    assert _sites(other)[Q_PROJ].grid == "k-quant"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +132,7 @@ def test_what_is_clipped() -> None:
     [
         QuantizeConfig(method=Method.RTN),
         QuantizeConfig(bits=8),
-        QuantizeConfig(scale=ScaleConfig(clip=False)),
+        QuantizeConfig(rounding=RoundingConfig(grid="minmax")),
     ],
     ids=["rtn", "8 bits", "no clip"],
 )

@@ -12,9 +12,14 @@ import pytest
 
 from faq_onnx.artifacts.plan import GroupPlan, ScaleApplication
 from faq_onnx.artifacts.sites import GroupRole, Tie
-from faq_onnx.config import FaqConfig, Method, QuantizeConfig, ScaleConfig
-from faq_onnx.errors import PlanError
-from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
+from faq_onnx.config import FaqConfig, Method, QuantizeConfig, RoundingConfig, ScaleConfig
+from faq_onnx.errors import PlanError, StatsMismatchError
+from faq_onnx.planning.planner import (
+    PlannedModel,
+    check_statistics,
+    make_plan,
+    needs_statistics,
+)
 from faq_onnx.quant.channel_scale import awq_scale
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
@@ -166,18 +171,38 @@ def test_faq_changes_what_looks_ahead_and_only_that(planned: Make) -> None:
     assert changed
 
 
-def test_rtn_needs_no_statistics_and_scales_nothing(planned: Make) -> None:
-    inputs, config = planned(), QuantizeConfig(method=Method.RTN)
+@pytest.mark.parametrize("method", [Method.RTN, Method.HQQ, Method.K_QUANT])
+def test_data_free_methods_need_no_statistics(planned: Make, method: Method) -> None:
+    inputs, config = planned(), QuantizeConfig(method=method)
     assert needs_statistics(inputs.census, config) == []
     result = make_plan(inputs.census, config, None, inputs.read)
     assert not result.scales
     assert set(_applications(result).values()) == {ScaleApplication.NONE}
 
 
-def test_other_methods_need_statistics(planned: Make) -> None:
+@pytest.mark.parametrize("method", set(Method) - {Method.RTN, Method.HQQ, Method.K_QUANT})
+def test_other_methods_need_statistics(planned: Make, method: Method) -> None:
     inputs = planned()
-    with pytest.raises(PlanError, match="needs calibration statistics"):
-        make_plan(inputs.census, AWQ, None, inputs.read)
+    config = QuantizeConfig(method=method)
+    with pytest.raises(PlanError, match=f"--method {method} needs calibration statistics"):
+        make_plan(inputs.census, config, None, inputs.read)
+
+
+def test_gptq_needs_statistics_without_scaling_anything(planned: Make) -> None:
+    inputs, config = planned(), QuantizeConfig(method=Method.GPTQ)
+    names = [group.name for group in inputs.census.groups]
+    assert needs_statistics(inputs.census, config) == names[:-1]  # the head has 8 bits
+    assert not _plan(inputs, config).scales
+
+
+def test_scales_can_be_chosen_apart_from_the_method(planned: Make) -> None:
+    inputs = planned()
+    scaled = ScaleConfig(statistic="awq", grid_points=5, share_heads=True)
+    gptq = _plan(inputs, QuantizeConfig(method=Method.GPTQ, scale=scaled, lm_head="4"))
+    awq = _plan(inputs, AWQ)
+    assert gptq.plan.groups == awq.plan.groups
+    none = AWQ.model_copy(update={"scale": ScaleConfig(statistic="none")})
+    assert not _plan(inputs, none).scales
 
 
 def test_statistics_are_wanted_for_what_is_scaled_or_clipped(planned: Make) -> None:
@@ -186,11 +211,23 @@ def test_statistics_are_wanted_for_what_is_scaled_or_clipped(planned: Make) -> N
     assert needs_statistics(census, AWQ) == names
     eight = AWQ.model_copy(update={"lm_head": "8"})
     assert needs_statistics(census, eight) == names[:-1]
-    shares = AWQ.model_copy(update={"scale": ScaleConfig(share_heads=False, clip=False)})
+    plain = {"scale": ScaleConfig(share_heads=False), "rounding": RoundingConfig(grid="minmax")}
+    shares = AWQ.model_copy(update=plain)
     outputs = {"layers.0.attention_output", "layers.1.attention_output"}
     assert set(needs_statistics(census, shares)) == set(names) - outputs
     clips = AWQ.model_copy(update={"scale": ScaleConfig(share_heads=False)})
     assert needs_statistics(census, clips) == names
+
+
+@pytest.mark.parametrize("method", [Method.AWQ, Method.GPTQ])
+def test_grids_and_rounding_are_not_left_without_statistics(planned: Make, method: Method) -> None:
+    inputs = planned()
+    made = _plan(inputs, QuantizeConfig(method=method)).plan
+    check_statistics(made, inputs.census, inputs.stats)
+    with pytest.raises(StatsMismatchError, match=r"8 scale groups.*no statistics were given"):
+        check_statistics(made, inputs.census, None)
+    plain = _plan(inputs, AWQ.model_copy(update={"rounding": RoundingConfig(grid="minmax")})).plan
+    check_statistics(plain, inputs.census, None)
 
 
 def test_a_saved_plan_comes_back(planned: Make, tmp_path: Path) -> None:
