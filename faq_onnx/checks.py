@@ -14,7 +14,7 @@ from faq_onnx.artifacts.verification import (
     VerificationReport,
 )
 from faq_onnx.calibration.walk import ReferenceLogits
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import METHODS, Method, QuantizeConfig
 from faq_onnx.errors import VerificationError
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import decoder_feeds
@@ -132,15 +132,30 @@ def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[
         yield (
             f"KL to the float model is {report.logits.kl_nats:.3f} nats/token, more than --max-kl "
             f"{config.verify.max_kl:g}. Worst sites: {names}. Try more --bits, a smaller "
-            "--block-size, --method faq, or --exclude these"
+            f"--block-size, {_better_method(config)}or --exclude these"
         )
-    if config.method is not Method.RTN and report.sites:
+    if _may_change_codes(config) and report.sites:
         same = sum(site.equals_rtn for site in report.sites)
         if same == len(report.sites):
+            text = "Calibrate on more or other text, or use" if config.axes.calibrates else "Use"
             yield (
                 f"--method {config.method} changed nothing: the codes of all {same} sites equal "
-                "round-to-nearest. Calibrate on more or other text, or use --method rtn"
+                f"round-to-nearest. {text} --method rtn"
             )
+
+
+def _better_method(config: QuantizeConfig) -> str:
+    """A method that comes nearer to the float model, "" where there is none."""
+    if config.method is Method.BEST:
+        return ""
+    return f"--method {Method.BEST if config.method is Method.FAQ_GPTQ else Method.FAQ_GPTQ}, "
+
+
+def _may_change_codes(config: QuantizeConfig) -> bool:
+    """Whether codes should differ from round-to-nearest: at 8 bits by channel scales alone."""
+    axes, plain = config.axes, METHODS[Method.RTN]
+    moved = (axes.grid, axes.rounding) != (plain.grid, plain.rounding)
+    return axes.scales != "none" or (moved and config.bits < 8)
 
 
 def generation_note(matches: bool | None) -> str:

@@ -66,10 +66,14 @@ class Axes:
     path: Path = "float"
 
     @property
+    def judges(self) -> bool:
+        """Whether grids or rounding look at activations."""
+        return self.grid in {"clip", "search"} or self.rounding == "gptq"
+
+    @property
     def calibrates(self) -> bool:
         """Whether the model has to be run on text."""
-        judged = self.grid in {"clip", "search"} or self.rounding == "gptq"
-        return judged or self.scales != "none"
+        return self.judges or self.scales != "none"
 
 
 METHODS: Mapping[Method, Axes] = MappingProxyType(

@@ -40,7 +40,10 @@ __all__ = [
 Array = npt.NDArray[np.float32]
 
 ROWS_AT_A_TIME = 4096  # a head of 150,000 rows would otherwise need gigabytes of temporaries
-FEWEST_ROWS = 64  # a thread for less would wait more than work
+# A thread for fewer rows would wait more than work. Pieces are multiples of it, but for the last:
+# BLAS takes rows in tiles, and few or left over ones by other kernels, so bytes would else depend
+# on the number of threads.
+ROWS_OF_A_PIECE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +121,32 @@ def quantize_weight(
             "its activations; calibrate, or choose --grid minmax --rounding nearest"
         )
         raise PlanError(msg)
-    step = min(ROWS_AT_A_TIME, max(FEWEST_ROWS, -(-len(weight) // workers)))
-    starts = range(0, len(weight), step)
 
-    def quantize(start: int) -> _Rows:
-        rows = slice(start, start + step)
+    def quantize(rows: slice) -> _Rows:
         target = weight if moments is None or moments.target is None else moments.target
         return _quantize_rows(weight[rows], target[rows], plan, moments, scale_dtype)
 
+    shares = _row_shares(len(weight), workers)
     if workers > 1:
-        pieces = list(map_in_threads(quantize, starts))
+        pieces = list(map_in_threads(quantize, shares))
     else:
-        pieces = [quantize(start) for start in starts]
+        pieces = [quantize(rows) for rows in shares]
     signal = sum(piece.signal for piece in pieces)
     noise = sum(piece.noise for piece in pieces)
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece.codes)
     return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
+
+
+def _row_shares(rows: int, workers: int) -> list[slice]:
+    """Rows that are quantized together: about as many for each worker, bounded for memory."""
+    share = -(-rows // (workers * ROWS_OF_A_PIECE)) * ROWS_OF_A_PIECE
+    step = min(ROWS_AT_A_TIME, share)
+    starts = list(range(0, rows, step))
+    if len(starts) > 1 and rows - starts[-1] < ROWS_OF_A_PIECE:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], rows], strict=True)]
 
 
 def looks_at_activations(plan: SitePlan) -> bool:

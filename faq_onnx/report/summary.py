@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from faq_onnx.artifacts.run import RunReport, SiteRow
 from faq_onnx.artifacts.verification import VerificationReport
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import Axes, QuantizeConfig
 from faq_onnx.report.tables import (
     format_bits,
     format_bytes,
@@ -18,6 +18,26 @@ from faq_onnx.report.tables import (
 __all__ = ["SUMMARY_NAME", "summary_markdown"]
 
 SUMMARY_NAME = "summary.md"  # not README.md: that of the source model is copied
+
+FINE_BITS = 8  # from here on blocks keep their range and weights go to the nearest level
+
+_SCALES = {
+    "none": "none",
+    "awq": "from the activations that each layer reads (AWQ)",
+    "faq": "from the activations that each layer and later ones read (FAQ)",
+}
+_GRIDS = {
+    "minmax": "the range of each block",
+    "clip": "the range of each block, cut where that lowers the output error (AWQ)",
+    "search": "scale and zero point searched for the least output error",
+    "hqq": "zero points that minimise a sparse error of the weights (HQQ)",
+    "k-quant": "scale and zero point by weighted least squares on the weights (k-quant)",
+}
+_ROUNDINGS = {
+    "nearest": "each weight to its nearest level",
+    "gptq": "each weight makes up for the errors of those before it (GPTQ), then codes and "
+    "scales are fitted in turn",
+}
 
 _RUN_IT = """## Run it
 
@@ -83,18 +103,13 @@ def _done(report: RunReport) -> str:
     note = storage_note(report.sites)
     if note:
         lines.append(f"**{note}**")
-    if config.method is not Method.RTN:
+    if config.axes.calibrates:
         data = config.calibration
         lines.append(
             f"Calibrated on `{data.source}`: {data.samples} windows of {data.sequence_length} "
             f"tokens, seed {data.seed}"
         )
-    if config.method is Method.FAQ:
-        faq = config.faq
-        lines.append(
-            f"FAQ: {faq.preview} preview over {faq.window} layers, fusion {faq.fusion:g}, "
-            f"normalisation {faq.normalisation}, roles {', '.join(faq.roles)}"
-        )
+    lines += _choices(config)
     lines += [
         f"Embedding `{row.embedding}`: {format_bits(row.storage_bits, row.storage_bits)}"
         + (f", one buffer with `{row.shared_with}`" if row.shared_with else "")
@@ -102,6 +117,35 @@ def _done(report: RunReport) -> str:
         for row in report.embeddings
     ]
     return _bullets("What was done", lines)
+
+
+def _choices(config: QuantizeConfig) -> list[str]:
+    """What each axis of the method means, in words."""
+    axes = config.axes
+    lines = [f"Channel scales: {_SCALES[axes.scales]}"]
+    if axes.scales == "faq":
+        faq = config.faq
+        lines.append(
+            f"FAQ: {faq.preview} preview over {faq.window} layers, fusion {faq.fusion:g}, "
+            f"normalisation {faq.normalisation}, roles {', '.join(faq.roles)}"
+        )
+    if config.bits >= FINE_BITS:
+        axes = Axes(axes.scales, "minmax", "nearest")
+    lines += [f"Block grids: {_GRIDS[axes.grid]}", f"Rounding: {_ROUNDINGS[axes.rounding]}"]
+    if axes.judges:
+        lines.append(f"Errors weighed on activations of {_path(config)}")
+    return lines
+
+
+def _path(config: QuantizeConfig) -> str:
+    rounding = config.rounding
+    if config.axes.path == "float":
+        return "the float model"
+    windows = min(rounding.path_samples, config.calibration.samples)
+    return (
+        f"the model quantized so far ({windows} windows); each layer makes up for "
+        f"{rounding.shift:.0%} of the errors before it"
+    )
 
 
 def _quality(verification: VerificationReport | None) -> str:

@@ -19,7 +19,7 @@ from faq_onnx.artifacts.verification import (
 )
 from faq_onnx.calibration.collect import Collector
 from faq_onnx.checks import check_fold, fold_error, fold_tolerance, judge, slow_note
-from faq_onnx.config import Method, QuantizeConfig, VerifyConfig
+from faq_onnx.config import Method, QuantizeConfig, RoundingConfig, ScaleConfig, VerifyConfig
 from faq_onnx.errors import VerificationError
 from faq_onnx.graph.weights import read_initializer, transform_initializer
 from faq_onnx.passes import FoldScalesPass, run_passes
@@ -84,9 +84,45 @@ def test_a_method_that_changed_nothing_is_a_complaint() -> None:
     ):
         judge(report, CONFIG, force=False)
     assert len(judge(report, CONFIG, force=True)) == 1
-    rtn = CONFIG.model_copy(update={"method": Method.RTN})
-    assert judge(report, rtn, force=False) == ()
     assert judge(_report(equal=()), CONFIG, force=False) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "complains"),
+    [
+        ({"method": Method.RTN}, False),
+        ({"method": Method.RTN, "scale": ScaleConfig(statistic="awq")}, True),
+        ({"method": Method.RTN, "rounding": RoundingConfig(path="low-bit")}, False),
+        ({"method": Method.HQQ}, True),
+        ({"method": Method.FAQ_GPTQ}, True),
+        ({"method": Method.AWQ, "bits": 8}, True),
+        # at 8 bits grids and rounding are plain by intent
+        ({"method": Method.GPTQ, "bits": 8}, False),
+        ({"method": Method.K_QUANT, "bits": 8}, False),
+    ],
+)
+def test_equal_to_rtn_is_a_complaint_where_codes_should_move(
+    change: dict[str, object], complains: bool
+) -> None:
+    notes = judge(_report(equal=(True, True)), CONFIG.model_copy(update=change), force=True)
+    assert bool(notes) is complains
+    for note in notes:
+        assert ("text" in note) is (change["method"] is not Method.HQQ)
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        (Method.RTN, "--method faq-gptq, or"),
+        (Method.FAQ, "--method faq-gptq, or"),
+        (Method.FAQ_GPTQ, "--method best, or"),
+        (Method.BEST, "--block-size, or"),
+    ],
+)
+def test_too_much_kl_advises_a_better_method(method: Method, advice: str) -> None:
+    config = CONFIG.model_copy(update={"method": method})
+    with pytest.raises(VerificationError, match=advice):
+        judge(_report(kl=0.51), config, force=False)
 
 
 def test_all_complaints_come_at_once() -> None:

@@ -59,8 +59,7 @@ def test_all_wrong_keys_are_listed_at_once(tmp_path: Path) -> None:
     [
         (
             'method = "gguf"',
-            "method: found 'gguf'; allowed 'rtn', 'hqq', 'k-quant', 'awq', 'faq', 'gptq', "
-            "'faq-gptq' or 'best'",
+            "allowed 'rtn', 'hqq', 'k-quant', 'awq', 'faq', 'gptq', 'faq-gptq' or 'best'",
         ),
         (
             '[rounding]\npath = "long"',

@@ -23,7 +23,7 @@ from faq_onnx.artifacts.verification import (
     StructureCheck,
     VerificationReport,
 )
-from faq_onnx.config import Method, QuantizeConfig
+from faq_onnx.config import METHODS, Method, QuantizeConfig, RoundingConfig, ScaleConfig
 from faq_onnx.report.summary import summary_markdown
 from faq_onnx.report.tables import (
     census_text,
@@ -259,7 +259,7 @@ def test_quant_plan_shows_the_gain_of_each_scale() -> None:
 def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
     text = summary_markdown(_report())
     for words in (
-        "# model/, FAQ 3-bit",
+        "# model/, FAQ-GPTQ 3-bit",
         "538.0 MB became 134.5 MB",
         "3-bit codes in 4-bit storage",
         "| KL divergence to the source model | 0.1234 nats/token |",
@@ -271,6 +271,11 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         "og.Model",
         "- calibrate: 1m 15s",
         "self-made text",
+        "- Channel scales: from the activations that each layer and later ones read (FAQ)",
+        "- FAQ: window preview over 5 layers, fusion 0.85",
+        "- Block grids: scale and zero point searched",
+        "- Rounding: each weight makes up for the errors of those before it (GPTQ)",
+        "activations of the model quantized so far (32 windows); each layer makes up for 50%",
     ):
         assert words in text
 
@@ -279,6 +284,46 @@ def test_summary_without_verification_says_so() -> None:
     assert "Not measured." in summary_markdown(_report(verification=None))
 
 
-def test_rtn_summary_names_no_calibration() -> None:
-    text = summary_markdown(_report(config=QuantizeConfig(method=Method.RTN)))
-    assert "Calibrated" not in text
+@pytest.mark.parametrize("method", [Method.RTN, Method.HQQ, Method.K_QUANT])
+def test_summary_of_a_data_free_method_names_no_calibration(method: Method) -> None:
+    text = summary_markdown(_report(config=QuantizeConfig(method=method)))
+    assert "- Channel scales: none" in text
+    for word in ("Calibrated", "FAQ: ", "activations"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("method", Method)
+def test_summary_tells_methods_apart(method: Method) -> None:
+    """By what was done, not only by name; BEST has the axes of FAQ-GPTQ."""
+
+    def done(of: Method) -> str:
+        text = summary_markdown(_report(config=QuantizeConfig(method=of)))
+        return text.partition("## What was done")[2].partition("## Quality")[0]
+
+    same = [other for other in Method if done(other) == done(method)]
+    assert same == [other for other in Method if METHODS[other] == METHODS[method]]
+
+
+def test_summary_follows_an_axis_that_was_set_apart() -> None:
+    config = QuantizeConfig(
+        method=Method.AWQ,
+        scale=ScaleConfig(statistic="none"),
+        rounding=RoundingConfig(rounding="gptq", path="low-bit", path_samples=7, shift=0.25),
+    )
+    text = summary_markdown(_report(config=config))
+    for words in (
+        "- Channel scales: none",
+        "cut where that lowers the output error (AWQ)",
+        "(GPTQ)",
+        "so far (7 windows); each layer makes up for 25%",
+    ):
+        assert words in text
+    float_path = config.model_copy(update={"rounding": RoundingConfig(rounding="gptq")})
+    assert "activations of the float model" in summary_markdown(_report(config=float_path))
+
+
+def test_summary_of_eight_bits_claims_no_search() -> None:
+    text = summary_markdown(_report(config=QuantizeConfig(bits=8)))
+    assert "- Channel scales: from" in text
+    assert "- Block grids: the range of each block\n" in text
+    assert "- Rounding: each weight to its nearest level\n" in text
