@@ -135,14 +135,16 @@ class RoundingConfig(_Section):
     """Each weight to its nearest level, or so that errors cancel (gptq)."""
     path: Literal[Path, "method"] = "method"
     """Round against activations of the float model, or of the model quantized so far."""
-    path_samples: Annotated[int, Field(ge=1)] = 32
-    """Windows that walk the low-bit path; at most the calibration's."""
+    path_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the calibration windows that walks the low-bit path."""
     damping: Annotated[float, Field(ge=0.0)] = 0.01
     """Ridge of GPTQ, relative to the mean of the Gram matrix's diagonal."""
     shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Share of the error of earlier sites that a site's target makes up for, on the low-bit
-    path.
-    """
+    """Share of the error at a site's inputs that its weights make up for, on the low-bit path."""
+    residual_shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """The same for sites that add to the residual stream, whose whole error they see."""
+    ridge: Annotated[float, Field(ge=0.0)] = 1.0
+    """Keeps these corrections to directions with energy; relative to the mean energy."""
 
 
 class FaqConfig(_Section):

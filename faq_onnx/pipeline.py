@@ -248,7 +248,7 @@ def path_windows(
     """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
     if config.axes.path == "float" or not config.axes.calibrates:
         return None
-    count = min(config.rounding.path_samples, len(windows))
+    count = max(1, round(config.rounding.path_share * len(windows)))
     picked = np.linspace(0, len(windows) - 1, count).round().astype(np.intp)
     return windows[picked]
 

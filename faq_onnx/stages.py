@@ -22,7 +22,7 @@ from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
 from faq_onnx.calibration.paired import PairedMoments, PairedWalk
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import QuantizeConfig, RoundingConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import load_model, release_weights
@@ -226,13 +226,8 @@ class _Bench:
                 continue
             weight = self.opened.read(self.opened.census.site(name))
             own = shared
-            if (
-                looks_at_activations(plan)
-                and config.rounding.shift
-                and name not in (moments.residual)
-            ):
-                target = shifted_target(weight, moments.gram, moments.cross, config.rounding.shift)
-                own = shared.with_target(target)
+            if looks_at_activations(plan):
+                own = shared.with_target(_target(weight, name, moments, config.rounding))
             result = self._quantize(plan, weight, own, workers=thread_count())
             self._keep(plan, result)
             found[name] = dequantize_weight(result.weight)
@@ -289,6 +284,19 @@ def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) ->
             QuantizeEmbeddingPass(embeddings, tables, weights),
         ],
     )
+
+
+def _target(
+    weight: npt.NDArray[np.float32], name: str, moments: PairedMoments, rounding: RoundingConfig
+) -> npt.NDArray[np.float32]:
+    """What a site should round to so that the low-bit path comes back to the float one."""
+    if name in moments.residual:
+        missing = moments.residual[name] - weight @ moments.gram
+        return shifted_target(
+            weight, moments.gram, missing, rounding.residual_shift, rounding.ridge
+        )
+    missing = weight @ moments.cross
+    return shifted_target(weight, moments.gram, missing, rounding.shift, rounding.ridge)
 
 
 def _site_error(site: LinearSite, result: QuantizedSite, marks: Mapping[str, str]) -> SiteError:

@@ -93,9 +93,11 @@ ROUNDING = Group(
         "rounding.grid": ("--grid",),
         "rounding.rounding": ("--rounding",),
         "rounding.path": ("--path",),
-        "rounding.path_samples": ("--path-samples",),
+        "rounding.path_share": ("--path-share",),
         "rounding.damping": ("--damping",),
         "rounding.shift": ("--shift",),
+        "rounding.residual_shift": ("--residual-shift",),
+        "rounding.ridge": ("--ridge",),
     },
 )
 VERIFICATION = Group(

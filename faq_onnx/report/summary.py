@@ -141,10 +141,9 @@ def _path(config: QuantizeConfig) -> str:
     rounding = config.rounding
     if config.axes.path == "float":
         return "the float model"
-    windows = min(rounding.path_samples, config.calibration.samples)
     return (
-        f"the model quantized so far ({windows} windows); each layer makes up for "
-        f"{rounding.shift:.0%} of the errors before it"
+        f"the model quantized so far ({rounding.path_share:.0%} of the windows); each layer makes "
+        f"up for {rounding.shift:.0%} of the errors before it"
     )
 
 

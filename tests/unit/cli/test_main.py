@@ -52,7 +52,7 @@ def test_method_settings() -> None:
         *("--faq-preview", "layer", "--faq-fusion", "1", "--faq-window", "2"),
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
         *("--scales", "awq", "--grid-points", "10"),
-        *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-samples", "3"),
+        *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-share", "0.25"),
         *("--damping", ".02", "--shift", "1"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
@@ -73,7 +73,7 @@ def test_method_settings() -> None:
         "grid": "minmax",
         "rounding": "gptq",
         "path": "low-bit",
-        "path_samples": 3,
+        "path_share": 0.25,
         "damping": 0.02,
         "shift": 1.0,
     }

@@ -308,7 +308,7 @@ def test_summary_follows_an_axis_that_was_set_apart() -> None:
     config = QuantizeConfig(
         method=Method.AWQ,
         scale=ScaleConfig(statistic="none"),
-        rounding=RoundingConfig(rounding="gptq", path="low-bit", path_samples=7, shift=0.25),
+        rounding=RoundingConfig(rounding="gptq", path="low-bit", path_share=0.25, shift=0.25),
     )
     text = summary_markdown(_report(config=config))
     for words in (
