@@ -60,6 +60,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
+SCALE_TOKENS = 16_384  # for the choice of channel scales where rounding has a walk of its own
 _AXES = ("grid", "rounding", "path")
 
 
@@ -248,7 +249,23 @@ def path_windows(
     """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
     if config.axes.path == "float" or not config.axes.calibrates:
         return None
-    count = max(1, round(config.rounding.path_share * len(windows)))
+    return _spread(windows, round(config.rounding.path_share * len(windows)))
+
+
+def scale_windows(config: QuantizeConfig, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The calibration windows whose statistics the channel scales are chosen by.
+
+    All of them where grids and rounding look at the same statistics. Where these walk the low-bit
+    path, the scales' exponents need far fewer tokens than a rounding does.
+    """
+    if config.axes.path == "float":
+        return windows
+    return _spread(windows, -(-SCALE_TOKENS // windows.shape[1]))
+
+
+def _spread(windows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """`count` of the windows, at least 1, evenly spaced."""
+    count = min(max(count, 1), len(windows))
     picked = np.linspace(0, len(windows) - 1, count).round().astype(np.intp)
     return windows[picked]
 
@@ -315,7 +332,10 @@ def _calibrate(
     check_free_space(run.work, _work_bytes(opened.census, windows, groups))
     with run.timed("calibrate"):
         return _collector(run, opened).collect(
-            windows.calibration, windows.heldout, groups, run.progress
+            scale_windows(run.config, windows.calibration),
+            windows.heldout,
+            groups,
+            run.progress,
         )
 
 
