@@ -205,6 +205,7 @@ class PairedWalk:
             types[name] = (ir.DataType.from_numpy(dtype), rank)
         return types
 
+    @np.errstate(over="ignore", invalid="ignore")  # `_check_finite` says where it happened
     def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> PairedMoments:
         size = stop.group.in_features
         gram, cross = np.zeros((size, size)), np.zeros((size, size))

@@ -126,7 +126,7 @@ def quantize_weight(
         target = weight if moments is None or moments.target is None else moments.target
         return _quantize_rows(weight[rows], target[rows], plan, moments, scale_dtype)
 
-    shares = _row_shares(len(weight), workers)
+    shares = row_shares(len(weight), workers)
     if workers > 1:
         pieces = list(map_in_threads(quantize, shares))
     else:
@@ -139,7 +139,7 @@ def quantize_weight(
     return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
 
 
-def _row_shares(rows: int, workers: int) -> list[slice]:
+def row_shares(rows: int, workers: int) -> list[slice]:
     """Rows that are quantized together: about as many for each worker, bounded for memory."""
     share = -(-rows // (workers * ROWS_OF_A_PIECE)) * ROWS_OF_A_PIECE
     step = min(ROWS_AT_A_TIME, share)

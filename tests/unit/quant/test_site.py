@@ -219,7 +219,7 @@ def test_targets_share_one_factor(
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 576, 4096, 4097, 5000, 9000])
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_rows_are_shared_out_in_whole_tiles(rows: int, workers: int) -> None:
-    shares = site_module._row_shares(rows, workers)
+    shares = site_module.row_shares(rows, workers)
     assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
     sizes = [share.stop - share.start for share in shares]
     assert all(size % site_module.ROWS_OF_A_PIECE == 0 for size in sizes[:-1])
