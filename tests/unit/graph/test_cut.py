@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.sites import LinearRole
-from faq_onnx.graph.cut import Part, cut_model, extract_part
+from faq_onnx.graph.cut import Part, cut_at, cut_model, extract_part
 from faq_onnx.graph.names import node_layer_index
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session
@@ -88,16 +90,73 @@ def test_constants_never_cross() -> None:
         assert not constant & {*part.inputs, *part.outputs}
 
 
-def test_parts_run_one_after_the_other_give_the_logits() -> None:
+def _stages(spec: TinyLlama = SPEC) -> dict[str, int]:
+    """One stage for each group of sites that read the same."""
+    census = tiny_llama_census(spec)
+    return {
+        census.site(name).output: number
+        for number, group in enumerate(census.groups, start=1)
+        for name in group.sites
+    }
+
+
+def _parts_at_groups(model: ir.Model) -> list[Part]:
+    return cut_at(model, _stages())
+
+
+def test_cut_at_groups_each_part_begins_with_their_sites() -> None:
+    census = tiny_llama_census(SPEC)
+    parts = {part.index: part for part in _parts_at_groups(tiny_llama_onnx(SPEC))}
+    assert sorted(parts) == list(range(len(census.groups) + 1))
+    for number, group in enumerate(census.groups, start=1):
+        part = parts[number]
+        assert {census.site(name).output for name in group.sites} <= part.produces
+        assert group.input in part.inputs  # it crosses: the part ends where the next one reads
+        assert group.input in part.varying
+        assert group.input in parts[number - 1].outputs or len(part.varying) > 2
+    assert parts[len(census.groups)].outputs == ("logits",)
+
+
+def test_cut_at_groups_every_node_is_in_one_part() -> None:
+    model = tiny_llama_onnx(SPEC)
+    parts = _parts_at_groups(model)
+    produced = [name for part in parts for name in part.produces]
+    assert len(produced) == len(set(produced))
+    for part in parts[1:]:
+        earlier = {name for other in parts if other.index < part.index for name in other.outputs}
+        assert set(part.inputs) <= earlier
+
+
+def test_cut_at_nothing_is_one_part() -> None:
+    (part,) = cut_at(tiny_llama_onnx(SPEC), {})
+    assert (part.index, part.inputs, part.outputs) == (0, (), ("logits",))
+
+
+def test_a_stage_does_not_run_before_what_it_reads() -> None:
+    """`b` is asked for at 1, but reads `a`, which runs at 2: it moves there."""
+    model = ir.from_onnx_text(
+        f"""{HEADER} g (float[1, 4] input_ids) => (float[1, 4] y) {{
+            a = Neg (input_ids) b = Abs (a) c = Exp (input_ids) y = Add (b, c)
+        }}"""
+    )
+    first, second = cut_at(model, {"a": 2, "b": 1})
+    assert (first.index, first.produces) == (0, {"c"})
+    assert (second.index, second.produces, second.inputs) == (2, {"a", "b", "y"}, ("c",))
+
+
+@pytest.mark.parametrize("cut", [_parts, _parts_at_groups], ids=["layers", "groups"])
+def test_parts_run_one_after_the_other_give_the_logits(
+    cut: Callable[[ir.Model], list[Part]],
+) -> None:
     model = tiny_llama_onnx(SPEC)
     types = _dtypes(model)
     ids = np.random.default_rng(0).integers(0, SPEC.vocabulary, (2, 9))
     whole = open_session(_bytes(model))
     expected = whole.run(["logits"], decoder_feeds(whole.get_inputs(), ids))[0]
     carried: dict[str, np.ndarray] = {}
-    for part in _parts(model):
-        cut = extract_part(model, {name: types[name] for name in part.inputs}, part.outputs)
-        session = open_session(_bytes(cut))
+    for part in cut(model):
+        piece = extract_part(model, {name: types[name] for name in part.inputs}, part.outputs)
+        session = open_session(_bytes(piece))
         own = [value for value in session.get_inputs() if value.name not in carried]
         feeds = {**decoder_feeds(own, ids)}
         feeds.update({v.name: carried[v.name] for v in session.get_inputs() if v not in own})

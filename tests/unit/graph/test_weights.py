@@ -12,7 +12,12 @@ import pytest
 from faq_onnx.artifacts.sites import LinearRole, LinearSite, WeightLayout
 from faq_onnx.errors import RewriteError
 from faq_onnx.graph.io import load_model, save_model
-from faq_onnx.graph.weights import read_initializer, read_weight, transform_initializer
+from faq_onnx.graph.weights import (
+    read_initializer,
+    read_weight,
+    replace_weight,
+    transform_initializer,
+)
 
 VALUES = np.linspace(-3, 3, 24 * 16, dtype=np.float32).reshape(24, 16)
 
@@ -102,3 +107,40 @@ def test_unknown_and_integer_initializers_are_refused(tmp_path: Path) -> None:
         read_initializer(model, "v")
     with pytest.raises(RewriteError, match="only floats"):
         transform_initializer(model, "w", lambda values: values)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("layout", WeightLayout)
+def test_a_weight_of_any_layout_is_replaced(
+    tmp_path: Path, layout: WeightLayout, dtype: type
+) -> None:
+    stored = VALUES if layout is WeightLayout.N_K else np.ascontiguousarray(VALUES.T)
+    stored = (stored[None] if layout is WeightLayout.ONE_K_N else stored).astype(dtype)
+    model = _model(stored, tmp_path)
+    weight = np.random.default_rng(0).normal(size=VALUES.shape).astype(np.float32)
+    replace_weight(model, _site(layout), weight)
+    expected = weight.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(read_weight(model, _site(layout)), expected)
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    assert (tensor.name, tensor.dtype) == ("w", ir.DataType.from_numpy(np.dtype(dtype)))
+    assert tuple(tensor.shape.numpy()) == stored.shape
+    save_model(model, tmp_path / "out.onnx")
+    saved = load_model(tmp_path / "out.onnx")
+    np.testing.assert_array_equal(read_weight(saved, _site(layout)), expected)
+
+
+def test_a_weight_that_was_scaled_is_replaced_as_it_is_given(tmp_path: Path) -> None:
+    """Not scaled again; and what was loaded stays on disk as it was."""
+    model = _model(VALUES, tmp_path)
+    transform_initializer(model, "w", lambda values: values * np.float32(2))
+    replace_weight(model, _site(WeightLayout.N_K), VALUES + 1)
+    np.testing.assert_array_equal(read_weight(model, _site(WeightLayout.N_K)), VALUES + 1)
+    again = load_model(tmp_path / "source.onnx")
+    np.testing.assert_array_equal(read_weight(again, _site(WeightLayout.N_K)), VALUES)
+
+
+def test_replacing_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    site = _site(WeightLayout.N_K).model_copy(update={"weight": "v"})
+    with pytest.raises(RewriteError, match="no initializer 'v'"):
+        replace_weight(_model(VALUES, tmp_path), site, VALUES)
