@@ -23,7 +23,7 @@ from faq_onnx.calibration.hidden import HiddenStore
 from faq_onnx.errors import NonFiniteError
 from faq_onnx.graph.cut import Part, cut_at, extract_part
 from faq_onnx.graph.io import release_weights, save_model
-from faq_onnx.graph.weights import replace_weight
+from faq_onnx.graph.weights import read_initializer, replace_weight
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.runtime.session import open_session
 
@@ -40,9 +40,9 @@ class PairedMoments:
     Attributes:
         gram: E[x_q^T x_q], float32 [K, K].
         cross: E[(x - x_q)^T x_q], float32 [K, K].
-        residual: By site that adds to the residual stream, E[(r - r_q)^T x_q], float32 [N, K]:
-            r is the float stream behind the addition, r_q the low-bit stream in front of it, so
-            r - r_q is what the site should add for the streams to meet again.
+        residual: By site that adds to the residual stream, E[(r - r_q - b)^T x_q], float32
+            [N, K]: r is the float stream behind the addition, r_q the low-bit stream in front of
+            it, so r - r_q is what weight and bias b should add for the streams to meet again.
     """
 
     gram: Array
@@ -212,6 +212,7 @@ class PairedWalk:
         sums: dict[str, Accumulator] = {
             name: np.zeros((self.census.site(name).out_features, size)) for name in stop.residuals
         }
+        biases = {name: self._bias(name) for name in stop.residuals}
         tokens = 0
         for batch in batches:
             low = _rows(self._read(part, stop.value, batch, low_bit=True))
@@ -222,13 +223,19 @@ class PairedWalk:
             for name, place in stop.residuals.items():
                 after = _rows(self._float.get(place.after, batch.name))
                 before = _rows(self._read(part, place.before, batch, low_bit=True))
-                sums[name] += (after - before).T @ low
+                sums[name] += (after - before - biases[name]).T @ low
         self._check_finite(stop, gram)
         return PairedMoments(
             (gram / tokens).astype(np.float32),
             (cross / tokens).astype(np.float32),
             {name: (total / tokens).astype(np.float32) for name, total in sums.items()},
         )
+
+    def _bias(self, name: str) -> Array:
+        site = self.census.site(name)
+        if site.bias is None:
+            return np.zeros(site.out_features, np.float32)
+        return read_initializer(self.model, site.bias).astype(np.float32, copy=False)
 
     def _check_finite(self, stop: _Stop, gram: Accumulator) -> None:
         bad = np.flatnonzero(~np.isfinite(np.diagonal(gram)))

@@ -225,6 +225,44 @@ def test_sites_that_add_to_the_residual_stream(tmp_path: Path) -> None:
     assert seen == {LinearRole.O_PROJ, LinearRole.DOWN_PROJ}
 
 
+def test_a_bias_is_not_what_the_weight_should_add(tmp_path: Path) -> None:
+    model, census = tiny_llama_onnx(SPEC), CENSUS
+    bias = np.random.default_rng(5).normal(size=SPEC.hidden).astype(np.float32)
+    for role in (LinearRole.O_PROJ, LinearRole.DOWN_PROJ):
+        for site in [site for site in CENSUS.sites if site.role is role]:
+            name = f"{site.name}.bias"
+            _add_bias(model, site.output, name, bias)
+            told = site.model_copy(update={"bias": name})
+            sites = tuple(told if s.name == site.name else s for s in census.sites)
+            census = census.model_copy(update={"sites": sites})
+    solve = _Solved(model, census, _unchanged)
+    PairedWalk(model, census, tmp_path).run(IDS, GROUPS, solve)
+    found = {name: r for m in solve.moments.values() for name, r in m.residual.items()}
+    assert len(found) == 2 * SPEC.layers
+    for group in census.groups:
+        for name in set(group.sites) & set(found):
+            weight = read_weight(model, census.site(name)).astype(np.float64)
+            expected = weight @ solve.moments[group.name].gram
+            bound = 100 * RELATIVE * np.abs(expected).max()
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=bound)
+
+
+def _add_bias(model: ir.Model, output: str, name: str, bias: Array) -> None:
+    """An Add behind the MatMul."""
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    value = ir.val(name, const_value=ir.tensor(bias, name=name))
+    model.graph.register_initializer(value)
+    site = values[output]
+    producer = site.producer()
+    assert producer is not None
+    users = [(node, index) for node, index in site.uses()]
+    node = ir.node("Add", [site, value], name=f"{name}/Add")
+    model.graph.insert_after(producer, node)
+    node.outputs[0].name = f"{output}+bias"
+    for user, index in users:
+        user.replace_input_with(index, node.outputs[0])
+
+
 def test_a_site_that_is_not_solved_stays_float(tmp_path: Path) -> None:
     """As one that is excluded."""
     model = tiny_llama_onnx(SPEC)
