@@ -143,7 +143,7 @@ class RoundingConfig(_Section):
     """Share of the error at a site's inputs that its weights make up for, on the low-bit path."""
     residual_shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """The same for sites that add to the residual stream, whose whole error they see."""
-    ridge: Annotated[float, Field(ge=0.0)] = 1.0
+    ridge: Annotated[float, Field(gt=0.0)] = 1.0
     """Keeps these corrections to directions with energy; relative to the mean energy."""
 
 
