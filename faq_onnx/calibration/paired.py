@@ -29,6 +29,10 @@ from faq_onnx.runtime.session import open_session
 
 __all__ = ["PairedMoments", "PairedWalk", "Solve"]
 
+# Fused additions to the residual stream, and what may stand between one and the site.
+_SKIP_NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
+_KEEPS_ROWS = frozenset({"Reshape", "Cast", "Identity"})
+
 Array = npt.NDArray[np.float32]
 Accumulator = npt.NDArray[np.float64]
 
@@ -275,22 +279,42 @@ def _activation(output: ir.Value) -> str | None:
 def _residual(output: ir.Value, part: Part) -> _Residual | None:
     """Where `output` is added to a value that is there before the part runs.
 
-    A bias that is added first is looked through. None where something else comes between (a norm
-    behind the site, as in Gemma 3): then what the site should add is not known.
+    A bias that is added first is looked through, and what keeps the numbers of each token. None
+    where something else comes between (a norm behind the site, as in Gemma 3): then what the site
+    should add is not known.
     """
     value = output
-    for _ in range(2):
+    while True:
         users = [node for node, _ in value.uses()]
-        if len(users) != 1 or users[0].op_type != "Add":
+        if len(users) != 1:
             return None
-        node = users[0]
-        (other,) = [v for v in node.inputs if v is not value] or [None]
-        after = node.outputs[0]
-        if other is None or other.name is None or after.name is None:
+        (node,) = users
+        if node.op_type in _SKIP_NORMS:
+            operands, total = _skip_sum(node)
+        elif node.op_type == "Add":
+            operands, total = list(node.inputs), node.outputs[0]
+        elif node.op_type in _KEEPS_ROWS and node.inputs[0] is value:
+            value = node.outputs[0]
+            continue
+        else:
             return None
-        if other.name in part.inputs and other.name in part.varying:
-            return _Residual(other.name, after.name)
+        others = [operand for operand in operands if operand is not value]
+        if len(others) != 1 or others[0] is None or total is None:
+            return None
+        (other,) = others
+        if other.name in part.inputs and other.name in part.varying and total.name:
+            return _Residual(other.name, total.name)
         if other.const_value is None:
             return None
-        value = after
-    return None
+        value = total
+
+
+def _skip_sum(node: ir.Node) -> tuple[list[ir.Value | None], ir.Value | None]:
+    """What a fused addition and norm adds, and the sum where it is an output; no bias of its own.
+
+    SkipLayerNormalization: (input, skip, gamma, beta, bias); the simplified one has no beta.
+    """
+    gains = 1 if node.op_type == "SkipSimplifiedLayerNormalization" else 2
+    has_bias = any(value is not None for value in node.inputs[2 + gains :])
+    total = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
+    return list(node.inputs[:2]), None if has_bias else total

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from faq_onnx.analysis import take_census
+from faq_onnx.analysis import canonicalise, take_census
+from faq_onnx.artifacts.run import RunReport
 from faq_onnx.artifacts.sites import (
     AbsorberKind,
     GroupRole,
@@ -28,6 +29,7 @@ from faq_onnx.artifacts.sites import (
     Tie,
     WeightLayout,
 )
+from faq_onnx.calibration.paired import PairedMoments, PairedWalk
 from faq_onnx.cli.main import main
 from faq_onnx.graph.io import load_model
 from faq_onnx.graph.weights import read_initializer, read_weight
@@ -128,6 +130,7 @@ SHAPES = {  # [N, K]
     LinearRole.DOWN_PROJ: (HIDDEN, INTERMEDIATE),
     LinearRole.LM_HEAD: (VOCABULARY, HIDDEN),
 }
+ADD_TO_THE_STREAM = (LinearRole.O_PROJ, LinearRole.DOWN_PROJ)
 MLP_ROLES = (LinearRole.GATE_PROJ, LinearRole.UP_PROJ, LinearRole.DOWN_PROJ)
 
 
@@ -380,3 +383,58 @@ def test_command_line_converts_every_kind_of_export(
     model = ir.load(tmp_path / "out" / "model.onnx")
     quantized = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert len(quantized) == LAYERS * (len(fixture.attention_roles) + 1 + len(MLP_ROLES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVERTED)
+def test_low_bit_path_of_every_kind_of_export(name: str, tmp_path: Path) -> None:
+    """At 4 bits, where grids and rounding look at it; nearer to the source than plain rounding."""
+    found = {}
+    for method in ("rtn", "faq-gptq"):
+        out = tmp_path / method
+        arguments = ["convert", str(FIXTURES / name), "-o", str(out), "--method", method]
+        arguments += ["--bits", "4", "--block-size", "16", "--lm-head", "4", "--quiet"]
+        arguments += ["--samples", "16", "--sequence-length", "32", "--verify-samples", "4"]
+        arguments += ["--path-share", "1", "--accuracy-level", "0"]
+        assert main([*arguments, "--embedding", "keep", "--max-kl", "1"]) == 0
+        report = RunReport.load(out / "report.json")
+        assert report.verification is not None
+        assert report.verification.logits is not None
+        found[method] = report.verification.logits.kl_nats
+        assert all(site.equals_rtn is (method == "rtn") for site in report.verification.sites)
+    assert found["faq-gptq"] < found["rtn"]
+
+
+@each_fixture
+def test_paired_walk_reaches_every_group(fixture: Fixture, tmp_path: Path) -> None:
+    model, census = load(fixture.name), census_of(fixture.name)
+    names = [group.name for group in census.groups]
+    walk = PairedWalk(model, census, tmp_path)
+    assert walk.reachable(names) == names
+
+
+@each_fixture
+def test_paired_walk_sees_the_residual_stream(fixture: Fixture, tmp_path: Path) -> None:
+    """With nothing rounded, what a site should add is what it adds: W E[x^T x].
+
+    Not behind a norm of its own (gemma3), and not where the last sum stays inside of a fused norm.
+    """
+    model = canonicalise(load_model(fixture.path / "model.onnx"))
+    census = take_census(model, fixture.config())
+    walk = PairedWalk(model, census, tmp_path)
+    seen: dict[str, float] = {}
+
+    def solve(_group: ScaleGroup, moments: PairedMoments) -> dict[str, Array]:
+        for name, residual in moments.residual.items():
+            expected = read_weight(model, census.site(name)) @ moments.gram
+            seen[name] = float(np.abs(residual - expected).max() / np.abs(expected).max())
+        return {}
+
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (4, 16))
+    walk.run(ids, [group.name for group in census.groups], solve)
+    # differences of streams of up to ten times the size of what is added, rounded to the dtype
+    assert max(seen.values(), default=0) < 20 * (2.0**-11 if fixture.half else 2.0**-20)
+    expected = {site.name for site in census.sites if site.role in ADD_TO_THE_STREAM}
+    if fixture.exporter == "genai":
+        expected.remove(site_of(census, LAYERS - 1, LinearRole.DOWN_PROJ).name)
+    assert set(seen) == (set() if fixture.architecture == "gemma3" else expected)
