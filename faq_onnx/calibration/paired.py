@@ -299,9 +299,9 @@ def _residual(output: ir.Value, part: Part) -> _Residual | None:
         else:
             return None
         others = [operand for operand in operands if operand is not value]
-        if len(others) != 1 or others[0] is None or total is None:
+        other = others[0] if len(others) == 1 else None
+        if other is None or total is None:
             return None
-        (other,) = others
         if other.name in part.inputs and other.name in part.varying and total.name:
             return _Residual(other.name, total.name)
         if other.const_value is None:
