@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.artifacts.verification import (
     LogitMetrics,
     SiteError,
@@ -23,9 +24,10 @@ from faq_onnx.verify.kernels import check_kernels
 from faq_onnx.verify.logits import LogitComparison
 from faq_onnx.verify.structure import check_structure
 
-__all__ = ["compare_to_reference", "fold_error", "judge", "verify_file"]
+__all__ = ["budget_note", "compare_to_reference", "fold_error", "judge", "verify_file"]
 
 WORST_SITES = 5
+KL_MARGIN = 0.95  # of what is asked for after a KL was not kept
 # Folding multiplies and divides by the same numbers: what remains is two roundings of relative
 # size eps at each folded value, carried through at most `layers` layers. 64 leaves room for what
 # norms and softmax amplify; 30 layers of float32 were measured at 2e-6, a wrong fold is above 0.1.
@@ -131,8 +133,8 @@ def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[
         names = ", ".join(f"{site.site} ({site.sqnr_db:.1f} dB)" for site in worst)
         yield (
             f"KL to the float model is {report.logits.kl_nats:.3f} nats/token, more than --max-kl "
-            f"{config.verify.max_kl:g}. Worst sites: {names}. Try more --bits, a smaller "
-            f"--block-size, {_better_method(config)}or --exclude these"
+            f"{config.verify.max_kl:g}. Worst sites: {names}. Try {_finer_formats(config)}, "
+            f"{_better_method(config)}or --exclude these"
         )
     if _may_change_codes(config) and report.sites:
         same = sum(site.equals_rtn for site in report.sites)
@@ -142,6 +144,10 @@ def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[
                 f"--method {config.method} changed nothing: the codes of all {same} sites equal "
                 f"round-to-nearest. {text} --method rtn"
             )
+
+
+def _finer_formats(config: QuantizeConfig) -> str:
+    return "more --bits, a smaller --block-size" if config.budget is None else "a larger --budget"
 
 
 def _better_method(config: QuantizeConfig) -> str:
@@ -155,7 +161,32 @@ def _may_change_codes(config: QuantizeConfig) -> bool:
     """Whether codes should differ from round-to-nearest: at 8 bits by channel scales alone."""
     axes, plain = config.axes, METHODS[Method.RTN]
     moved = (axes.grid, axes.rounding) != (plain.grid, plain.rounding)
-    return axes.scales != "none" or (moved and config.bits < 8)
+    fine = config.bits >= 8 or config.budget is not None  # which may have bought 8 bits for all
+    return axes.scales != "none" or (moved and not fine)
+
+
+def budget_note(trade_off: TradeOff | None, logits: LogitMetrics | None, size: int) -> str:
+    """A sentence where the result is outside of the budget, "" where it keeps it.
+
+    A KL is chosen by a prediction, a size with an allowance for the structure of the file.
+    """
+    if trade_off is None:
+        return ""
+    if trade_off.kind == "kl" and logits is not None and logits.kl_nats > trade_off.limit:
+        # Errors scale alike, so the same factor will be missing again.
+        wish = trade_off.limit**2 / logits.kl_nats
+        return (
+            f"the budget is NOT kept: --budget {trade_off.budget} was predicted to give KL "
+            f"{trade_off.chosen.kl:.4g}, but {logits.kl_nats:.4g} nats/token were measured; ask "
+            f"for --budget 'kl<={wish * KL_MARGIN:.2g}'"
+        )
+    if trade_off.kind == "bytes" and size > trade_off.limit:
+        wish = 2 * trade_off.limit - size
+        return (
+            f"the budget is NOT kept: the file has {size} bytes, --budget {trade_off.budget} "
+            f"allows {trade_off.limit:.0f}; ask for --budget {wish / 1e6:.6g}MB"
+        )
+    return ""
 
 
 def generation_note(matches: bool | None) -> str:

@@ -191,6 +191,11 @@ class QuantizeConfig(_Section):
     """Consecutive input channels that share one scale."""
     symmetric: bool = False
     """No zero points."""
+    budget: str | None = None
+    """Mix 2, 4 and 8 bits and block sizes by measured sensitivity: 3.0bpw (bits per weight), 80MB
+    (of model.onnx) or kl<=0.05; head and embedding take part unless told to keep, and `bits` and
+    `block_size` hold only where nothing can be measured.
+    """
     lm_head: Literal["keep", "4", "8", "same"] = "8"
     """Bits of the output head: float, 4, 8, or as every other weight."""
     embedding: Literal["auto", "keep", "4", "8", "shared"] = "auto"

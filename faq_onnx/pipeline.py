@@ -18,17 +18,21 @@ from faq_onnx import checks, run_report, stages
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
+from faq_onnx.artifacts.sensitivity import Sensitivities
 from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import VerificationReport
-from faq_onnx.calibration.collect import Collector
+from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.corpus import TokenWindows, load_corpus
+from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.calibration.walk import ReferenceLogits
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.errors import PackageError
+from faq_onnx.errors import ConfigError, PackageError
 from faq_onnx.export import resolve_source
-from faq_onnx.graph.io import save_model
+from faq_onnx.graph.io import INLINE_LIMIT_BYTES, save_model
+from faq_onnx.planning.budget import BudgetKind, parse_budget
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
+from faq_onnx.planning.mixed import COARSE_NAME, CoarseRounding
 from faq_onnx.planning.planner import (
     PlannedModel,
     check_statistics,
@@ -60,6 +64,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
+SENSITIVITY_NAME = "sensitivity.json"
 SCALE_TOKENS = 16_384  # for the choice of channel scales where rounding has a walk of its own
 _AXES = ("grid", "rounding", "path")
 
@@ -112,7 +117,7 @@ def convert(  # noqa: PLR0913 - the public entry point
         windows = _tokens(run, opened)
         stats, reference = _calibrate(run, opened, windows)
         with run.timed("plan"):
-            planned = make_plan(opened.census, config, stats, opened.read, progress)
+            planned = _plan(opened, config, stats, progress)
         return _apply(
             run, opened, planned, stats, reference, windows=windows, folder=out.path, force=force
         )
@@ -128,6 +133,12 @@ def preview(
     source: str, config: QuantizeConfig, *, progress: Progress = SILENT
 ) -> tuple[tuple[SiteRow, ...], tuple[EmbeddingRow, ...], Totals]:
     """The formats that `convert` would use, without running the model."""
+    _check_budget(config)
+    if config.budget is not None:
+        progress.note(
+            f"--dry-run does not run the model, and --budget {config.budget} would have to: these "
+            "are the formats of --bits and --block-size"
+        )
     with _work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
         plan_sites(opened.census, config)  # a wrong wish is told here as in `convert`
@@ -179,10 +190,10 @@ def plan(  # noqa: PLR0913 - one argument per input of the stage
     force: bool = False,
 ) -> QuantPlan:
     """Decide formats and channel scales, and write them to a folder for `apply`."""
+    _check_budget(config)
     with OutputFolder(output, None, force) as out, _work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
-        collected = _open_stats(stats, opened)
-        planned = make_plan(opened.census, config, collected, opened.read, progress)
+        planned = _plan(opened, config, _open_stats(stats, opened), progress)
         planned.save(out.path)
         return planned.plan
 
@@ -274,6 +285,7 @@ def _plain(config: QuantizeConfig) -> QuantizeConfig:
     """The same formats with nothing that would have to run the model."""
     plain = {
         "method": Method.RTN,
+        "budget": None,
         "scale": config.scale.model_copy(update={"statistic": "method"}),
         "rounding": config.rounding.model_copy(update=dict.fromkeys(_AXES, "method")),
     }
@@ -288,7 +300,46 @@ def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
     return plan.config.model_copy(update=anew)
 
 
+def _check_budget(config: QuantizeConfig) -> None:
+    """Refuse a wrong budget before anything is read."""
+    if config.budget is None:
+        return
+    budget = parse_budget(config.budget)
+    if budget.kind is BudgetKind.KL and budget.limit > config.verify.max_kl:
+        msg = (
+            f"--budget {budget} allows more than --max-kl {config.verify.max_kl:g}, so its result "
+            "would be refused; ask for less, or raise --max-kl"
+        )
+        raise ConfigError(msg)
+
+
+def _plan(
+    opened: stages.OpenedModel,
+    config: QuantizeConfig,
+    stats: CalibrationStats | None,
+    progress: Progress,
+) -> PlannedModel:
+    if config.budget is None or stats is None:
+        return make_plan(opened.census, config, stats, opened.read, progress)
+    sensitivities = Sensitivities.open(
+        stats.folder / SENSITIVITY_NAME, model_fingerprint=opened.fingerprint
+    )
+    budget = parse_budget(config.budget)
+    large = budget.kind is BudgetKind.BYTES and budget.limit >= INLINE_LIMIT_BYTES
+    return make_plan(
+        opened.census,
+        config,
+        stats,
+        opened.read,
+        progress,
+        sensitivities=sensitivities,
+        read_table=opened.read_table,
+        other_bytes=opened.other_bytes(external=config.external_data or large),
+    )
+
+
 def _open(run: _Run, source: str) -> stages.OpenedModel:
+    _check_budget(run.config)
     with run.timed("open"):
         opened = stages.open_model(source, run.work, run.progress)
         formats = plan_sites(opened.census, run.config)  # a wrong wish fails here, not in an hour
@@ -300,7 +351,7 @@ def _tokens(run: _Run, opened: stages.OpenedModel, *, calibrate: bool = True) ->
     """Calibration and held-out windows; the same held-out ones for every method."""
     settings = run.config.calibration
     written = settings.source == "self"
-    needed = calibrate and run.config.axes.calibrates
+    needed = calibrate and (run.config.axes.calibrates or run.config.budget is not None)
     with run.timed("tokens"):
         wish = f"{opened.fingerprint} {settings} {run.config.verify.samples} {needed}"
         key = fingerprint_bytes(wish.encode())
@@ -329,14 +380,50 @@ def _calibrate(
     run: _Run, opened: stages.OpenedModel, windows: TokenWindows
 ) -> tuple[CalibrationStats, ReferenceLogits]:
     groups = needs_statistics(opened.census, run.config)
-    check_free_space(run.work, _work_bytes(opened.census, windows, groups))
+    room = _work_bytes(opened.census, windows, groups)
+    if run.config.budget is not None:
+        room += _stream_bytes(opened.census, sensitivity_windows(windows.calibration).size)
+    check_free_space(run.work, room)
     with run.timed("calibrate"):
-        return _collector(run, opened).collect(
+        stats, reference = _collector(run, opened).collect(
             scale_windows(run.config, windows.calibration),
             windows.heldout,
             groups,
             run.progress,
         )
+    if run.config.budget is not None:
+        with run.timed("measure sensitivity"):
+            _measure_sensitivity(run, opened, stats, windows.calibration)
+    return stats, reference
+
+
+def _measure_sensitivity(
+    run: _Run,
+    opened: stages.OpenedModel,
+    stats: CalibrationStats,
+    calibration: npt.NDArray[np.int64],
+) -> None:
+    """Write what each weight's error does to the logits beside the statistics."""
+    windows = sensitivity_windows(calibration)
+    path = stats.folder / SENSITIVITY_NAME
+    corpus = corpus_fingerprint(windows)
+    identity = (opened.fingerprint, corpus, stats.manifest.corpus_fingerprint)
+    wanted = Sensitivities(
+        model_fingerprint=opened.fingerprint,
+        corpus_fingerprint=fingerprint_bytes("|".join(identity).encode()),
+        perturbation=COARSE_NAME,
+        tokens=windows.size,
+        entries=(),
+    )
+    if path.is_file() and Sensitivities.load(path).model_copy(update={"entries": ()}) == wanted:
+        run.progress.note(f"taking the sensitivities in {path}")
+        return
+    folder = run.work / "sensitivity"
+    coarse = CoarseRounding(opened.census, stats, opened.read, opened.read_table, windows)
+    walk = SensitivityWalk(opened.model, opened.census, _collector(run, opened).parts(), folder)
+    entries = walk.run(windows, coarse, run.progress)
+    wanted.model_copy(update={"entries": entries}).save(path)
+    shutil.rmtree(folder)
 
 
 def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
@@ -346,6 +433,13 @@ def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -
     width = max((group.in_features for group in census.groups), default=0)
     tokens = windows.calibration.size + windows.heldout.size
     return grams + 2 * 4 * width * tokens
+
+
+def _stream_bytes(census: ModelCensus, tokens: int) -> int:
+    """Disk for the hidden states of two layers, once for each weight that is perturbed."""
+    weights = len(census.sites) + len(census.embeddings)
+    width = max((table.width for table in census.embeddings), default=0)
+    return 2 * 4 * width * tokens * weights
 
 
 def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
@@ -388,6 +482,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         notes = [*checks.judge(report, run.config, force=force)]
         matches = _try_genai(run, folder, reference)
         notes += [checks.slow_note(report.structure), checks.generation_note(matches)]
+        notes += [checks.budget_note(planned.plan.trade_off, logits, size)]
         notes = [note for note in notes if note]
         report = report.model_copy(update={"notes": tuple(notes), "generation_matches": matches})
         for note in notes:

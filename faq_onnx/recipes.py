@@ -131,7 +131,9 @@ def _toml_lines(section: BaseModel) -> list[str]:
         if not isinstance(value, BaseModel):
             meaning = " ".join((field.description or "").split())
             # JSON's strings, numbers, booleans and flat arrays are TOML too.
-            lines += [f"# {meaning}", f"{name} = {json.dumps(value)}"]
+            # TOML has no null: what is not set stays a comment.
+            setting = f'# {name} = ""' if value is None else f"{name} = {json.dumps(value)}"
+            lines += [f"# {meaning}", setting]
     return lines
 
 

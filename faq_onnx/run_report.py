@@ -57,6 +57,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         stages=tuple(times),
         peak_rss_bytes=_peak_rss_bytes(),
         verification=verification,
+        trade_off=planned.plan.trade_off,
     )
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from faq_onnx.analysis import canonicalise, check_finite, take_census
 from faq_onnx.artifacts.plan import SitePlan
 from faq_onnx.artifacts.record import fingerprint_file
-from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
+from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus, ScaleGroup
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
@@ -25,7 +25,7 @@ from faq_onnx.calibration.paired import PairedMoments, PairedWalk
 from faq_onnx.config import QuantizeConfig, RoundingConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
-from faq_onnx.graph.io import load_model, release_weights
+from faq_onnx.graph.io import DATA_ALIGNMENT_BYTES, load_model, release_weights, rest_bytes
 from faq_onnx.graph.weights import read_initializer, read_weight
 from faq_onnx.passes import (
     FoldScalesPass,
@@ -56,6 +56,9 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
+
+LOW_BIT_TENSORS = 3  # codes, scales and zero points of a weight
+REFERENCE_BYTES = 150  # name, dims and node attributes of one of them; about 100 were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,19 @@ class OpenedModel:
     def read(self, site: LinearSite) -> npt.NDArray[np.float32]:
         """The weight of a site as the graph holds it now, float32 [N, K]."""
         return read_weight(self.model, site)
+
+    def read_table(self, table: EmbeddingSite) -> npt.NDArray[np.float32]:
+        """An embedding as the graph holds it now, float32 [rows, width]."""
+        return read_initializer(self.model, table.weight).astype(np.float32, copy=False)
+
+    def other_bytes(self, *, external: bool) -> int:
+        """At most what a low-bit file holds besides codes, scales and zero points."""
+        weights = [site.weight for site in self.census.sites]
+        weights += [table.weight for table in self.census.embeddings]
+        rest = rest_bytes(self.model, set(weights))
+        # Pages of onnxruntime: in a file of their own, tensors begin at multiples of 4096.
+        padding = LOW_BIT_TENSORS * DATA_ALIGNMENT_BYTES if external else 0
+        return rest + len(weights) * (LOW_BIT_TENSORS * REFERENCE_BYTES + padding)
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
+from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.config import Grid, QuantizeConfig, Rounding
 
 __all__ = [
@@ -94,7 +95,8 @@ class EmbeddingPlan(Record):
 class QuantPlan(Record):
     """The whole decision; channel scales are float32 [K] arrays kept beside it by group name.
 
-    `config` is the wish that it came from; None where somebody made the plan by hand.
+    `config` is the wish that it came from; None where somebody made the plan by hand. `trade_off`
+    is what a budget bought.
     """
 
     schema_version: int = 1
@@ -104,3 +106,4 @@ class QuantPlan(Record):
     groups: tuple[GroupPlan, ...]
     embeddings: tuple[EmbeddingPlan, ...]
     config: QuantizeConfig | None = None
+    trade_off: TradeOff | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from faq_onnx.artifacts.record import Record
+from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.config import QuantizeConfig
 
@@ -75,3 +76,4 @@ class RunReport(Record):
     stages: tuple[StageTime, ...]
     peak_rss_bytes: int
     verification: VerificationReport | None
+    trade_off: TradeOff | None = None

@@ -13,6 +13,8 @@ _EPILOG = """\
 examples:
   faq-onnx calibrate model.onnx -o stats/
   faq-onnx calibrate model.onnx -o stats/ --calibration notes.txt --samples 128
+  faq-onnx calibrate model.onnx -o stats/ --budget 3bpw
+      also measures what each weight's rounding does to the logits, for any budget
 
 The same input and seed give the same statistics. `plan --stats` and `apply --stats` use them.
 read on: docs/cli.md"""

@@ -54,6 +54,7 @@ QUANTIZATION = Group(
     "quantization",
     {
         "method": ("--method",),
+        "budget": ("--budget",),
         "bits": ("--bits",),
         "block_size": ("--block-size",),
         "symmetric": ("--symmetric", "--asymmetric"),
@@ -245,13 +246,15 @@ def _shown(default: object) -> str:
         return "yes" if default else "no"
     if isinstance(default, tuple):
         return ", ".join(default) or "none"
-    return str(default)
+    return "none" if default is None else str(default)
 
 
 def _choices(annotation: Any) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return [str(member.value) for member in annotation]
-    inner = get_args(annotation)
+    inner = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if inner == [str]:  # str | None
+        return []
     if len(inner) == 2 and inner[1] is Ellipsis:
         return _choices(inner[0])
     return [str(value) for value in inner]
@@ -263,7 +266,7 @@ def _metavar(field: FieldInfo, *, many: bool) -> str:
         return "|".join(choices)
     if many:
         return "PATTERN"
-    names: dict[object, str] = {int: "N", float: "X"}
+    names: dict[object, str] = {int: "N", float: "X", str | None: "3.0bpw|80MB|kl<=0.05"}
     return names.get(field.annotation, "WHERE")
 
 

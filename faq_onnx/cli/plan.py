@@ -16,7 +16,7 @@ examples:
   faq-onnx plan model.onnx -o plan/ --method rtn
   faq-onnx plan model.onnx -o plan/ --stats stats/ --bits 4 --block-size 128
 
-AWQ and FAQ need --stats. `faq-onnx apply` carries the plan out.
+Methods that calibrate and --budget need --stats. `faq-onnx apply` carries the plan out.
 read on: docs/cli.md"""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_OPSET",
     "load_model",
     "release_weights",
+    "rest_bytes",
     "save_model",
 ]
 
@@ -88,16 +89,7 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> i
         PackageError: `path` holds weights that the model still reads, or the disk refused.
         RewriteError: A lazy tensor gave another number of bytes than its shape needs.
     """
-    slots = [
-        slot
-        for slot in tensor_slots(model)
-        if slot.tensor.dtype != ir.DataType.STRING
-        and (
-            slot.tensor.nbytes >= MIN_DETACHED_BYTES
-            # its reference would be wrong in another folder, however small it is
-            or isinstance(slot.tensor, ir.ExternalTensor)
-        )
-    ]
+    slots = _detached(model)
     data_path = path.with_name(path.name + ".data")
     _refuse_own_source(slots, (path, data_path))
     total = sum(slot.tensor.nbytes for slot in slots)
@@ -110,6 +102,14 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> i
             f"could not write {path} ({total} bytes of weights): {error.strerror or error}; "
             "free space or choose another output folder"
         ) from error
+
+
+def rest_bytes(model: ir.Model, without: Collection[str]) -> int:
+    """What a file of the model holds besides some initializers: structure and other tensors."""
+    slots = _detached(model)
+    kept = sum(slot.tensor.nbytes for slot in slots if slot.name not in without)
+    places = [_Place(index, slot.tensor.nbytes) for index, slot in enumerate(slots)]
+    return kept + len(_skeleton(model, slots, INLINE_LOCATION, places))
 
 
 def release_weights(model: ir.Model) -> None:
@@ -284,6 +284,20 @@ def _save_external(
             _write_tensor(slot, file)
         data_bytes = file.tell()
     return path.write_bytes(_skeleton(model, slots, data_path.name, places)) + data_bytes
+
+
+def _detached(model: ir.Model) -> list[TensorSlot]:
+    """Tensors that are written one by one; all others are part of the structure."""
+    return [
+        slot
+        for slot in tensor_slots(model)
+        if slot.tensor.dtype != ir.DataType.STRING
+        and (
+            slot.tensor.nbytes >= MIN_DETACHED_BYTES
+            # its reference would be wrong in another folder, however small it is
+            or isinstance(slot.tensor, ir.ExternalTensor)
+        )
+    ]
 
 
 def _skeleton(

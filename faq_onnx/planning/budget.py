@@ -169,8 +169,10 @@ def format_bytes(
     return out_features * row
 
 
-def allocate(items: Sequence[BudgetItem], budget: Budget) -> Allocation:
+def allocate(items: Sequence[BudgetItem], budget: Budget, fixed_bytes: int = 0) -> Allocation:
     """Choose a candidate for every item; the same input always gives the same choice.
+
+    `fixed_bytes` of a size in bytes are taken by what does not compete.
 
     Raises:
         PlanError: Not even the smallest candidates fit, or not even the best reach the KL; says
@@ -180,7 +182,9 @@ def allocate(items: Sequence[BudgetItem], budget: Budget) -> Allocation:
     steps = _steps(hulls)
     weights = max(1, sum(item.weights for item in items))
     curve = _curve(hulls, steps, weights)
-    _check_reachable(budget, curve)
+    _check_reachable(budget, curve, fixed_bytes)
+    if budget.kind is BudgetKind.BYTES:
+        budget = Budget(BudgetKind.BYTES, budget.limit - fixed_bytes)
     taken = _prefix(budget, curve)
     chosen = [hull[0] for hull in hulls]
     for step in steps[:taken]:
@@ -255,20 +259,21 @@ def _room(budget: Budget, weights: int) -> int:
     return math.floor(budget.limit * weights / 8 if in_bits else budget.limit)
 
 
-def _check_reachable(budget: Budget, curve: Sequence[CurvePoint]) -> None:
+def _check_reachable(budget: Budget, curve: Sequence[CurvePoint], fixed_bytes: int) -> None:
     smallest, best = curve[0], curve[-1]
     value, shown = {
         BudgetKind.BITS_PER_WEIGHT: (smallest.bpw, "{:.4g}bpw"),
-        BudgetKind.BYTES: (smallest.bytes, "{:.4g}MB"),
+        BudgetKind.BYTES: (smallest.bytes + fixed_bytes, "{:.4g}MB"),
         BudgetKind.KL: (best.kl, "kl<={:.4g}"),
     }[budget.kind]
     if value > budget.limit:
         unit = 1e6 if budget.kind is BudgetKind.BYTES else 1
         shown = shown.format(value / unit * SHOWN_UP)
+        fixed = f", {fixed_bytes / 1e6:.4g}MB stay as they are" if fixed_bytes else ""
         msg = (
             f"--budget {budget} cannot be met: the smallest possible value is {shown} "
-            f"({smallest.bpw:.3g} to {best.bpw:.3g} bits per weight were tried); allow more, or "
-            "keep less of the model float"
+            f"({smallest.bpw:.3g} to {best.bpw:.3g} bits per weight were tried{fixed}); allow "
+            "more, or keep less of the model float (--exclude, --lm-head, --embedding)"
         )
         raise PlanError(msg)
 

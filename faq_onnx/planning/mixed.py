@@ -21,16 +21,19 @@ from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sensitivity import Perturbation, Sensitivities
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.artifacts.trade_off import TradeOff, TradeOffPoint
 from faq_onnx.config import QuantizeConfig
-from faq_onnx.errors import PlanError
 from faq_onnx.planning.budget import (
+    ROUNDING,
     Allocation,
     Budget,
     BudgetItem,
     BudgetKind,
     Candidate,
+    CurvePoint,
     allocate,
     format_bytes,
+    parse_budget,
 )
 from faq_onnx.planning.formats import plan_sites
 from faq_onnx.progress import SILENT, Progress
@@ -40,7 +43,16 @@ from faq_onnx.quant.site import SiteMoments, quantize_weight
 from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import dequantize_weight, fake_quantize, quantize_rtn, to_blocks
 
-__all__ = ["COARSE", "FORMATS", "CoarseRounding", "MixedFormats", "MixedPlanner"]
+__all__ = [
+    "COARSE",
+    "COARSE_NAME",
+    "FORMATS",
+    "CoarseRounding",
+    "MixedFormats",
+    "MixedPlanner",
+    "ReadTable",
+    "describe_trade_off",
+]
 
 Array = npt.NDArray[np.float32]
 ReadWeight = Callable[[LinearSite], Array]
@@ -50,10 +62,15 @@ ReadTable = Callable[[EmbeddingSite], Array]
 FORMATS = tuple((bits, block) for bits in (2, 4, 8) for block in (32, 64, 128))
 TABLE_BITS = (4, 8)  # what `--embedding` offers
 COARSE = block_format(3, 32, symmetric=False)
+COARSE_NAME = "round-to-nearest, 3 bits, blocks of 32, zero points"
 # Rows that stand for a weight: all its candidates are judged on the same ones.
 SAMPLE_ROWS = 128
 PLAIN = MappingProxyType({"grid": "minmax", "rounding": "nearest"})
 ROWS_AT_A_TIME = 4096
+# Predictions leave out how errors of several weights work together: measured KL was up to a
+# quarter higher, so a KL budget is spent up to here.
+KL_SHARE = 0.8
+CURVE_POINTS = 64  # of hundreds, for the report
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -97,7 +114,7 @@ class MixedFormats:
         sites: One plan per site, in census order.
         embeddings: One plan per embedding, in census order.
         allocation: The choice and the whole trade-off curve, for printing.
-        fixed_bytes: Of the weights that stay float, which a size budget includes.
+        fixed_bytes: Of all that does not compete, which a size budget includes.
     """
 
     sites: tuple[SitePlan, ...]
@@ -120,6 +137,7 @@ class MixedPlanner:
         read_weight: Weight of a site, float32 [N, K].
         read_table: Table of an embedding, float32 [rows, width].
         formats: (bits, block size) that compete.
+        other_bytes: Of the file that are not weights of sites or embeddings.
     """
 
     census: ModelCensus
@@ -129,6 +147,7 @@ class MixedPlanner:
     read_weight: ReadWeight
     read_table: ReadTable
     formats: Sequence[tuple[int, int]] = FORMATS
+    other_bytes: int = 0
 
     def choose(self, budget: Budget, progress: Progress = SILENT) -> MixedFormats:
         """Spread the budget.
@@ -151,8 +170,8 @@ class MixedPlanner:
             for item in map_in_threads(lambda predict: predict(), work):
                 items.append(item)
                 advance(1)
-        fixed = self._fixed_bytes({item.name for item in items})
-        allocation = allocate(items, _without(budget, fixed))
+        fixed = self.other_bytes + self._fixed_bytes({item.name for item in items})
+        allocation = allocate(items, _with_margin(budget, items), fixed)
         chosen = {name: candidate.format for name, candidate in allocation.choice.items()}
         return MixedFormats(
             self._chosen_sites(options, chosen), self._chosen_tables(chosen), allocation, fixed
@@ -300,17 +319,36 @@ class MixedPlanner:
         return tuple(plans)
 
 
-def _without(budget: Budget, fixed: int) -> Budget:
-    """What a size leaves for the weights that compete."""
-    if budget.kind is not BudgetKind.BYTES:
+def _with_margin(budget: Budget, items: Sequence[BudgetItem]) -> Budget:
+    """A KL to aim at below the one that is asked for, as far as that can be reached."""
+    if budget.kind is not BudgetKind.KL:
         return budget
-    if budget.limit <= fixed:
-        msg = (
-            f"--budget {budget} cannot be met: {fixed / 1e6:.4g}MB are weights that stay float; "
-            "allow more, or keep less float (--exclude, --lm-head, --embedding)"
-        )
-        raise PlanError(msg)
-    return Budget(BudgetKind.BYTES, budget.limit - fixed)
+    best = sum(min(candidate.kl for candidate in item.candidates) for item in items)
+    if best * (1 + ROUNDING) > budget.limit:
+        return budget  # the refusal is in the words of the wish
+    return Budget(BudgetKind.KL, max(KL_SHARE * budget.limit, best * (1 + ROUNDING)))
+
+
+def describe_trade_off(wish: str, found: MixedFormats) -> TradeOff:
+    """For the plan and the report: the choice, and points of the curve about evenly spaced."""
+    budget, allocation, fixed = parse_budget(wish), found.allocation, found.fixed_bytes
+    curve = allocation.curve
+    wanted = np.linspace(curve[0].bytes, curve[-1].bytes, CURVE_POINTS)
+    sizes = np.asarray([point.bytes for point in curve])
+    nearest = np.unique(np.searchsorted(sizes, wanted, side="right") - 1)
+
+    def described(point: CurvePoint) -> TradeOffPoint:
+        bits = round(point.bpw, 4)
+        return TradeOffPoint(bytes=point.bytes + fixed, bits_per_weight=bits, kl=point.kl)
+
+    return TradeOff(
+        budget=wish,
+        kind=budget.kind.value,
+        limit=budget.limit,
+        fixed_bytes=fixed,
+        chosen=described(allocation.total),
+        curve=tuple(described(curve[index]) for index in nearest),
+    )
 
 
 def _gram(stats: CalibrationStats, census: ModelCensus, site: str) -> Array | None:

@@ -18,11 +18,14 @@ from faq_onnx.artifacts.plan import (
     ScaleApplication,
     SitePlan,
 )
+from faq_onnx.artifacts.sensitivity import Sensitivities
 from faq_onnx.artifacts.sites import LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PlanError, StatsMismatchError
+from faq_onnx.planning.budget import parse_budget
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
+from faq_onnx.planning.mixed import MixedPlanner, ReadTable, describe_trade_off
 from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.quant.site import looks_at_activations
@@ -74,14 +77,19 @@ class PlannedModel:
 
 
 def needs_statistics(census: ModelCensus, config: QuantizeConfig) -> list[str]:
-    """Names of the groups whose statistics `make_plan`, grids and rounding will read."""
+    """Names of the groups whose statistics `make_plan`, grids and rounding will read.
+
+    A budget weighs every site's error, so it needs all that can be collected.
+    """
     plans = plan_sites(census, config)
     judged = {plan.site for plan in plans if looks_at_activations(plan)}
     scaled = _applications(census, config, plans, plan_embeddings(census, config, plans))
     wanted = [
         group
         for group in census.groups
-        if scaled[group.name] is not ScaleApplication.NONE or judged & set(group.sites)
+        if config.budget is not None
+        or scaled[group.name] is not ScaleApplication.NONE
+        or judged & set(group.sites)
     ]
     in_graph = {site.name for site in census.sites if not site.in_subgraph}
     return [group.name for group in wanted if in_graph & set(group.sites)]
@@ -116,12 +124,16 @@ def _applications(
     return scaled_groups(census, config, {plan.site: plan.format for plan in sites}, shared)
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - one argument per input of the stage
     census: ModelCensus,
     config: QuantizeConfig,
     stats: CalibrationStats | None,
     read_weight: Callable[[LinearSite], Array],
     progress: Progress = SILENT,
+    *,
+    sensitivities: Sensitivities | None = None,
+    read_table: ReadTable | None = None,
+    other_bytes: int = 0,
 ) -> PlannedModel:
     """Decide formats and channel scales.
 
@@ -131,23 +143,30 @@ def make_plan(
         stats: Calibration statistics; None is enough for RTN.
         read_weight: The float weight of a site, float32 [N, K].
         progress: Shows the scale search.
+        sensitivities: What each weight's error does to the logits; only a budget needs them.
+        read_table: The float table of an embedding, float32 [rows, width]; for a budget, too.
+        other_bytes: Size of the file without the weights of sites and embeddings.
 
     Raises:
         PlanError: The wish cannot be planned, or statistics are missing.
     """
-    sites = plan_sites(census, config)
-    embeddings = plan_embeddings(census, config, sites)
-    if stats is None:
-        if config.axes.calibrates:
-            msg = (
-                f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
-            )
-            raise PlanError(msg)
-        choices = [_identity(group.name) for group in census.groups]
+    trade_off = None
+    if config.budget is None:
+        sites = plan_sites(census, config)
+        embeddings = plan_embeddings(census, config, sites)
+    elif stats is None or sensitivities is None or read_table is None:
+        msg = (
+            f"--budget {config.budget} needs statistics and sensitivities; run "
+            f"`faq-onnx calibrate --budget {config.budget}` and give --stats"
+        )
+        raise PlanError(msg)
     else:
-        formats = {plan.site: plan.format for plan in sites}
-        planner = ScalePlanner(census, config, stats, formats, read_weight)
-        choices = planner.choose(_applications(census, config, sites, embeddings), progress)
+        mixer = MixedPlanner(census, config, stats, sensitivities, read_weight, read_table)
+        mixer = dataclasses.replace(mixer, other_bytes=other_bytes)
+        mixed = mixer.choose(parse_budget(config.budget), progress)
+        sites, embeddings = mixed.sites, mixed.embeddings
+        trade_off = describe_trade_off(config.budget, mixed)
+    choices = _choose_scales(census, config, stats, sites, embeddings, read_weight, progress)
     plan = QuantPlan(
         census_fingerprint=census.fingerprint(),
         method=config.method.value,
@@ -155,8 +174,30 @@ def make_plan(
         groups=tuple(choice.plan for choice in choices),
         embeddings=embeddings,
         config=config,
+        trade_off=trade_off,
     )
     return PlannedModel(plan, {c.plan.group: c.scale for c in choices if c.scale is not None})
+
+
+def _choose_scales(  # noqa: PLR0913, PLR0917 - the second half of `make_plan`
+    census: ModelCensus,
+    config: QuantizeConfig,
+    stats: CalibrationStats | None,
+    sites: Sequence[SitePlan],
+    embeddings: Sequence[EmbeddingPlan],
+    read_weight: Callable[[LinearSite], Array],
+    progress: Progress,
+) -> list[GroupChoice]:
+    if stats is None:
+        if config.axes.calibrates:
+            msg = (
+                f"--method {config.method} needs calibration statistics; run `faq-onnx calibrate`"
+            )
+            raise PlanError(msg)
+        return [_identity(group.name) for group in census.groups]
+    formats = {plan.site: plan.format for plan in sites}
+    planner = ScalePlanner(census, config, stats, formats, read_weight)
+    return planner.choose(_applications(census, config, sites, embeddings), progress)
 
 
 def _identity(group: str) -> GroupChoice:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, GroupPlan, QuantPlan, SitePlan
 from faq_onnx.artifacts.run import EmbeddingRow, SiteRow, Totals
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
+from faq_onnx.artifacts.trade_off import TradeOff, TradeOffPoint
 from faq_onnx.artifacts.verification import SiteError
 
-__all__ = ["embedding_rows", "make_totals", "site_rows", "weight_bytes"]
+__all__ = [
+    "count_formats",
+    "curve_rows",
+    "embedding_rows",
+    "make_totals",
+    "site_rows",
+    "weight_bytes",
+]
 
 _DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -63,6 +72,27 @@ def make_totals(
         float_sites=len(sites) - low_bit,
         bits_per_weight=round(8 * size / weights, 4) if weights else 0.0,
     )
+
+
+def curve_rows(trade_off: TradeOff, count: int = 8) -> list[tuple[TradeOffPoint, bool]]:
+    """Points of the curve that are about evenly spaced in size, and the choice (True)."""
+    curve = trade_off.curve
+    step = (curve[-1].bytes - curve[0].bytes) / max(count - 1, 1)
+    picked = {
+        min(curve, key=lambda point: abs(point.bytes - curve[0].bytes - step * number))
+        for number in range(count)
+    }
+    rows = [(point, False) for point in picked if point.bytes != trade_off.chosen.bytes]
+    return sorted([*rows, (trade_off.chosen, True)], key=lambda row: (row[0].bytes, row[1]))
+
+
+def count_formats(formats: Iterable[tuple[int | None, int | None]]) -> list[tuple[str, int]]:
+    """How many sites have each (code bits, block size), fewest bits first, float last."""
+    counted = Counter(formats)
+    return [
+        ("float" if bits is None else f"{bits} bits, blocks of {block}", counted[bits, block])
+        for bits, block in sorted(counted, key=lambda key: (key[0] or 99, key[1] or 0))
+    ]
 
 
 def _site_row(

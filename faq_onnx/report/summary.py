@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from faq_onnx.artifacts.run import RunReport, SiteRow
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.config import Axes, QuantizeConfig
+from faq_onnx.report.rows import count_formats, curve_rows
 from faq_onnx.report.tables import (
     format_bits,
     format_bytes,
@@ -67,6 +68,7 @@ def summary_markdown(report: RunReport) -> str:
         _head(report),
         _done(report),
         _quality(report.verification),
+        _budget(report),
         _worst(report.sites),
         _float_sites(report.sites),
         _bullets("Left alone", [f"`{weight}`: {reason}" for weight, reason in report.skipped]),
@@ -97,8 +99,8 @@ def _done(report: RunReport) -> str:
     lines = [
         f"Model family: {report.family}",
         f"{totals.quantized_sites} linear layers quantized, {totals.float_sites} kept float",
-        f"{config.bits}-bit codes, blocks of {config.block_size}, {form}",
-        f"accuracy_level {config.accuracy_level}, lm_head {config.lm_head}",
+        f"{_formats(config)}, {form}",
+        f"accuracy_level {config.accuracy_level}, lm_head {_head_format(config)}",
     ]
     note = storage_note(report.sites)
     if note:
@@ -119,6 +121,16 @@ def _done(report: RunReport) -> str:
     return _bullets("What was done", lines)
 
 
+def _formats(config: QuantizeConfig) -> str:
+    if config.budget is not None:
+        return f"2, 4 and 8 bits mixed under a budget of {config.budget}"
+    return f"{config.bits}-bit codes, blocks of {config.block_size}"
+
+
+def _head_format(config: QuantizeConfig) -> str:
+    return config.lm_head if config.budget is None or config.lm_head == "keep" else "mixed in"
+
+
 def _choices(config: QuantizeConfig) -> list[str]:
     """What each axis of the method means, in words."""
     axes = config.axes
@@ -129,7 +141,7 @@ def _choices(config: QuantizeConfig) -> list[str]:
             f"FAQ: {faq.preview} preview over {faq.window} layers, fusion {faq.fusion:g}, "
             f"normalisation {faq.normalisation}, roles {', '.join(faq.roles)}"
         )
-    if config.bits >= FINE_BITS:
+    if config.budget is None and config.bits >= FINE_BITS:
         axes = Axes(axes.scales, "minmax", "nearest")
     lines += [f"Block grids: {_GRIDS[axes.grid]}", f"Rounding: {_ROUNDINGS[axes.rounding]}"]
     if axes.judges:
@@ -174,6 +186,32 @@ def _quality(verification: VerificationReport | None) -> str:
     table = "\n".join(["| measure | value |", "|---|---|", *rows])
     notes = "\n".join(f"- {text}" for text in verification.notes)
     return "\n\n".join(part for part in ("## Quality", table, notes) if part)
+
+
+def _budget(report: RunReport) -> str:
+    """What the budget could have bought, and what it bought."""
+    trade_off = report.trade_off
+    if trade_off is None:
+        return ""
+    points = [
+        f"| {format_bytes(point.bytes)} | {point.bits_per_weight:.2f} | {point.kl:.4g} "
+        f"| {'**chosen**' if chosen else ''} |"
+        for point, chosen in curve_rows(trade_off)
+    ]
+    counted = count_formats((row.code_bits, row.block_size) for row in report.sites)
+    counts = [f"| {number} | {name} |" for name, number in counted]
+    head = ["| file | bits per weight | predicted KL, nats/token | |", "|---|---|---|---|"]
+    parts = [
+        f"## Budget {trade_off.budget}",
+        "\n".join([*head, *points]),
+        "\n".join(["| linear layers | format |", "|---|---|", *counts]),
+    ]
+    logits = None if report.verification is None else report.verification.logits
+    if logits is not None:
+        parts.append(
+            f"KL predicted {trade_off.chosen.kl:.4g}, measured {logits.kl_nats:.4g} nats/token."
+        )
+    return "\n\n".join(parts)
 
 
 def _worst(sites: Sequence[SiteRow]) -> str:

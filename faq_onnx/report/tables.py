@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from faq_onnx.artifacts.plan import GroupPlan, QuantPlan
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, Totals
 from faq_onnx.artifacts.sites import EmbeddingSite, ModelCensus, ScaleGroup
+from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.artifacts.verification import VerificationReport
+from faq_onnx.report.rows import count_formats, curve_rows
 
 __all__ = [
     "census_text",
@@ -19,6 +21,7 @@ __all__ = [
     "render_table",
     "result_text",
     "storage_note",
+    "trade_off_text",
     "verification_text",
     "worst_sites",
 ]
@@ -112,6 +115,10 @@ def quant_plan_text(plan: QuantPlan) -> str:
     """What `plan` shows: the channel scale of each group and what it gains."""
     quantized = sum(site.format is not None for site in plan.sites)
     head = f"method {plan.method}, {quantized} of {len(plan.sites)} linear sites quantized"
+    if plan.trade_off is not None:
+        found = [site.format for site in plan.sites]
+        formats = ((f.code_bits, f.block_size) if f else (None, None) for f in found)
+        head += f"\n\n{trade_off_text(plan.trade_off, formats)}"
     if not plan.groups:
         return head
     rows = [(g.group, g.application.value, f"{g.exponent:.2f}", _gain(g)) for g in plan.groups]
@@ -164,10 +171,31 @@ def census_text(census: ModelCensus) -> str:
 def result_text(report: RunReport) -> str:
     """What `convert` shows at the end."""
     parts = [_totals(report.totals), storage_note(report.sites)]
+    if report.trade_off is not None:
+        formats = ((row.code_bits, row.block_size) for row in report.sites)
+        parts.insert(0, trade_off_text(report.trade_off, formats) + "\n")
     if report.verification is not None:
         parts.append(verification_text(report.verification))
     parts += [f"warning: {text}" for text in report.warnings]
     return "\n".join(part for part in parts if part)
+
+
+def trade_off_text(trade_off: TradeOff, formats: Iterable[tuple[int | None, int | None]]) -> str:
+    """What a budget could have bought, what it bought, and the (bits, block) of the sites."""
+    points = render_table(
+        ("file", "bits per weight", "predicted KL", "budget"),
+        [
+            (
+                format_bytes(point.bytes),
+                f"{point.bits_per_weight:.2f}",
+                f"{point.kl:.4g}",
+                f"<- {trade_off.budget}" if chosen else "",
+            )
+            for point, chosen in curve_rows(trade_off)
+        ],
+    )
+    counts = render_table(("sites", "format"), [(n, name) for name, n in count_formats(formats)])
+    return f"{points}\n\n{counts}"
 
 
 def verification_text(verification: VerificationReport) -> str:

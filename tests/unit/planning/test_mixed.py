@@ -148,7 +148,7 @@ def test_what_stays_float_counts_in_sizes_only(planned: Make) -> None:
     smaller = found.fixed_bytes + found.allocation.total.bytes
     again = _choose(inputs, f"{smaller / 1e3}kB", config)
     assert again.allocation.total.bytes <= found.allocation.total.bytes
-    with pytest.raises(PlanError, match="stay float"):
+    with pytest.raises(PlanError, match="stay as they are"):
         _choose(inputs, "10kB", config)
 
 
