@@ -29,7 +29,7 @@ Array = npt.NDArray[np.floating]
 Refuse = Callable[..., str]
 MakeSource = Callable[..., Path]
 WRONG_CALL, MODEL, CALIBRATION, VERIFICATION, PACKAGE, INTERRUPTED = 2, 3, 4, 7, 8, 130
-METHODS = ("rtn", "awq")
+METHODS = ("rtn", "awq", "faq-gptq")
 UP_PROJ = "/model/layers.0/mlp/up_proj/MatMul"
 
 
@@ -374,6 +374,11 @@ def test_exclude_that_fits_nothing(refuse: Refuse, source: Path) -> None:
         (("--lm-head", "2"), ("--lm-head", "2", "'keep'")),
         (("--samples", "0", "--bits", "7"), ("2 problems", "--samples", "--bits")),
         (("--exclude", "*"), ("nothing to quantize", "--exclude")),
+        (
+            ("--method", "hqq", "--symmetric"),
+            ("--method hqq with --symmetric", "--asymmetric", "k-quant"),
+        ),
+        (("--grid", "hqq", "--symmetric", "--dry-run"), ("--grid hqq with --symmetric",)),
         (("--embedding", "shared"), ("--embedding shared", "no tied lm_head", "keep")),
     ],
 )
