@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.plan import GroupPlan, QuantPlan, ScaleApplication
+from faq_onnx.artifacts.trade_off import TradeOff, TradeOffPoint
 from faq_onnx.artifacts.verification import (
     KernelCheck,
     LogitMetrics,
@@ -18,11 +19,12 @@ from faq_onnx.artifacts.verification import (
     VerificationReport,
 )
 from faq_onnx.calibration.collect import Collector
-from faq_onnx.checks import check_fold, fold_error, fold_tolerance, judge, slow_note
+from faq_onnx.checks import budget_note, check_fold, fold_error, fold_tolerance, judge, slow_note
 from faq_onnx.config import Method, QuantizeConfig, RoundingConfig, ScaleConfig, VerifyConfig
 from faq_onnx.errors import VerificationError
 from faq_onnx.graph.weights import read_initializer, transform_initializer
 from faq_onnx.passes import FoldScalesPass, run_passes
+from faq_onnx.planning.budget import parse_budget
 from faq_onnx.testing import TinyLlama, tiny_llama_census, tiny_llama_onnx
 
 CONFIG = QuantizeConfig(method=Method.AWQ, verify=VerifyConfig(max_kl=0.5))
@@ -216,3 +218,41 @@ def test_one_channel_that_was_not_divided_is_seen(
 def test_a_fold_that_gives_nan_is_refused() -> None:
     with pytest.raises(VerificationError, match="nan"):
         check_fold(math.nan, {"float32"}, 2)
+
+
+def _trade_off(wish: str) -> TradeOff:
+    budget = parse_budget(wish)
+    point = TradeOffPoint(bytes=4000, bits_per_weight=3.0, kl=0.04)
+    return TradeOff(
+        budget=wish,
+        kind=budget.kind.value,
+        limit=budget.limit,
+        fixed_bytes=1000,
+        chosen=point,
+        curve=(point,),
+    )
+
+
+@pytest.mark.parametrize("wish", ["kl<=0.1", "5kB", "3bpw"])
+def test_no_note_on_a_budget_that_was_kept(wish: str) -> None:
+    assert not budget_note(_trade_off(wish), _report(kl=0.1).logits, 5000)
+    assert not budget_note(_trade_off(wish), None, 5000)
+    assert not budget_note(None, _report(kl=0.1).logits, 5000)
+
+
+def test_a_budget_that_was_not_kept_is_told_with_the_way_out() -> None:
+    note = budget_note(_trade_off("kl<=0.05"), _report(kl=0.1).logits, 5000)
+    assert "NOT kept" in note
+    assert "0.1 nats/token were measured" in note
+    assert "--budget 'kl<=0.024'" in note  # half of the wish, with a margin
+    note = budget_note(_trade_off("5kB"), None, 5100)
+    assert "5100 bytes, --budget 5kB allows 5000" in note
+    assert "--budget 0.0049MB" in note
+
+
+def test_a_budget_may_buy_eight_bits_for_all_where_no_method_changes_codes() -> None:
+    """With --bits 8 this is known before; here 4 bits are the default that nothing has."""
+    config = QuantizeConfig(method=Method.GPTQ, budget="9bpw")
+    assert judge(_report(equal=(True, True)), config, force=False) == ()
+    with pytest.raises(VerificationError, match="a larger --budget"):
+        judge(_report(kl=2), config, force=False)
