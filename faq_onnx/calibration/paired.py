@@ -115,7 +115,9 @@ class PairedWalk:
         """
         parts, stops = self._plan(set(groups))
         batches = make_batches(windows)
-        last = max((index for index in stops), default=-1)
+        if not stops:
+            return
+        last = max(stops)
         parts = [part for part in parts if part.index <= last]
         with progress.stage("round layer by layer", len(parts), "parts") as advance:
             for part in parts:
