@@ -1,119 +1,103 @@
-"""Quality of methods x formats on one model, against the float model over the same tokens.
+r"""Quality of methods x formats on one model, against the float model over the same tokens.
 
-    python tools/bench_quality.py MODEL --calibration c4.txt --evaluation wikitext2.test.raw
+    python tools/bench_quality.py MODEL --calibration c4.txt --evaluation wikitext2.test.raw \
+        --formats 4b32 3.0bpw --methods rtn awq faq-gptq "faq-gptq scale.statistic=awq" best \
+        --levels 0 --against awq --json results.jsonl --work work/
 
-prints perplexity, KL divergence and top-1 agreement at accuracy_level 4 (int8 activations) and 0
-(float32 activations) for {rtn, awq, faq} x {4-bit block 32, 4-bit block 128, 3-bit block 64, 8-bit
-block 32}, and for onnxruntime's own round-to-nearest. Takes minutes a row.
+prints KL divergence, top-1 agreement and perplexity at accuracy_level 4 (int8 activations) and 0
+(float32 activations). Each method calibrates as `faq-onnx convert` does with these windows: all
+of them, or fewer for the channel scales and a share for the walk where rounding follows the
+low-bit path. --against NAME adds the paired difference to that method (same format and level):
+mean over the evaluation windows +- its standard error. Minutes a row; rows are written to --json,
+with the KL of each window, as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-import quality
+import bench_options
+from figures import Figure, append_results, paired
+from model_files import evaluate_file, write_onnxruntime_rtn
+from quality import Bench
 
-from faq_onnx.config import CalibrationConfig, QuantizeConfig
-from faq_onnx.report.progress import make_progress
+from faq_onnx.config import QuantizeConfig
 
-FORMATS = {"4b32": (4, 32), "4b128": (4, 128), "3b64": (3, 64), "8b32": (8, 32)}
-METHODS = ("rtn", "awq", "faq")
+FORMATS = ("4b32", "4b128", "3b64", "2b32", "2b64", "2b128", "8b32")
+METHODS = ("rtn", "awq", "faq", "faq-gptq")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     args = _parse(argv)
-    calibration = CalibrationConfig(
-        source=args.calibration, samples=args.samples, sequence_length=args.sequence_length
-    )
-    with quality.work_folder(args.work) as folder:
-        bench = quality.Bench.prepare(
-            args.model,
-            folder,
-            calibration=calibration,
-            evaluation=args.evaluation,
-            windows=args.windows,
-            progress=make_progress(sys.stderr),
-        )
-        print(f"calibrated in {bench.calibrate_s:.1f} s", flush=True)
-        for name in args.formats:
-            bits, block_size = FORMATS[name]
-            if args.outside and bits in {4, 8}:
-                path, source = folder / "outside.onnx", bench.opened.source.onnx_path
-                figures = []
-                for level in args.levels:
-                    quality.write_onnxruntime_rtn(source, path, bits, block_size, level)
-                    name_of = f"onnxruntime {name}"
-                    figures.append(quality.evaluate_file(name_of, path, bench.reference, level))
-                quality.append_results(args.json, figures, model=args.model)
-                _show(figures)
-            for method in args.methods:
-                config = QuantizeConfig.model_validate(
-                    {
-                        "method": method,
-                        "bits": bits,
-                        "block_size": block_size,
-                        "lm_head": args.lm_head,
-                        "embedding": "keep",
-                        **_overrides(args.set),
-                    }
-                )
-                label = f"{method}{args.label} {name}"
-                figures = bench.measure(label, config, args.levels)
-                quality.append_results(args.json, figures, model=args.model)
-                _show(figures)
+    with bench_options.opened_bench(args) as bench:
+        for fmt in args.formats:
+            theirs: dict[int, Figure] = {}
+            if args.outside:
+                _report(_outside(bench, fmt, args), args, fmt, theirs)
+            for method in _in_order(args.methods, args.against):
+                config = bench_options.make_config(method, fmt, args)
+                figures = bench.measure(f"{method} {fmt}", config, args.levels)
+                if method == args.against:
+                    theirs = {figure.accuracy_level: figure for figure in figures}
+                _report(figures, args, fmt, theirs)
+        print(f"collected statistics in {bench.statistics.seconds:.0f} s", file=sys.stderr)
     return 0
 
 
-def _overrides(settings: list[str]) -> dict[str, object]:
-    """`faq.window=2` -> {"faq": {"window": "2"}}."""
-    result: dict[str, object] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        place = result
-        *sections, last = key.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})  # type: ignore[assignment]
-        place[last] = value.split(",") if last == "roles" else value
-    return result
+def _in_order(methods: list[str], first: str | None) -> list[str]:
+    """The one that others are compared with comes first."""
+    if first is None:
+        return methods
+    return [first, *(method for method in methods if method != first)]
 
 
-def _show(figures: list[quality.Figure]) -> None:
+def _report(
+    figures: list[Figure], args: argparse.Namespace, fmt: str, theirs: dict[int, Figure]
+) -> None:
     for figure in figures:
-        print(
-            f"{figure.name:<18} acc {figure.accuracy_level}  KL {figure.kl_nats:.4f}  "
-            f"top-1 {figure.top1:.3f}  ppl {figure.perplexity:.3f} "
-            f"(float {figure.perplexity_float:.3f})  {figure.size_bytes / 1e6:.1f} MB  "
-            f"plan {figure.plan_s:.0f} s, quantize {figure.quantize_s:.0f} s",
-            flush=True,
-        )
+        other = theirs.get(figure.accuracy_level)
+        versus = None
+        if other is not None and other is not figure:
+            versus = paired(figure.kl_windows, other.kl_windows)
+        bench_options.show(figure, versus, args.against or "")
+    context = {"calibration": args.calibration, "samples": args.samples, "seed": args.seed}
+    context |= {"evaluation": args.evaluation, "format": fmt}
+    append_results(args.json, figures, model=args.model, **context)
+
+
+def _outside(bench: Bench, fmt: str, args: argparse.Namespace) -> list[Figure]:
+    """What onnxruntime's own quantizer makes, where it stores the format."""
+    config = QuantizeConfig.model_validate(bench_options.parse_format(fmt))
+    if config.budget is not None or config.bits not in {4, 8} or config.symmetric:
+        return []
+    path, figures = bench.work / "outside.onnx", []
+    for level in args.levels:
+        source = bench.opened.source.onnx_path
+        write_onnxruntime_rtn(source, path, config.bits, config.block_size, level)
+        figures.append(evaluate_file(f"onnxruntime {fmt}", path, bench.reference, level))
+    return figures
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = bench_options.make_parser(__doc__)
+    bench_options.add_calibration(parser)
+    bench_options.add_common(parser, FORMATS)
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        type=bench_options.method_argument,
+        default=list(METHODS),
+        metavar="METHOD",
     )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", default="heldout", help="text file, or heldout")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--against", type=bench_options.method_argument, metavar="METHOD")
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 0])
-    parser.add_argument("--lm-head", default="keep")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--label", default="")
-    parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--outside",
         action="store_true",
         help="also onnxruntime's own quantizer, which leaves a tied head float",
     )
-    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """Do Mul nodes in front of every site earn their run time?
 
-    python tools/search_muls.py MODEL --calibration c4-train.txt --validation c4-valid.txt
+    python tools/search_muls.py MODEL --calibration c4-train.txt --evaluation c4-valid.txt
 
 Folded scales are shared by the sites that read one activation (q, k, v; gate, up). With a Mul in
 front of each site every site could have its own. Both are planned on the same statistics and
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
+import bench_options
 import numpy as np
 import numpy.typing as npt
 import quality
+from model_files import evaluate_file
 
 from faq_onnx import stages
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup
 from faq_onnx.artifacts.stats import CalibrationStats
-from faq_onnx.config import CalibrationConfig, QuantizeConfig
 from faq_onnx.graph.io import save_model
-from faq_onnx.planning.planner import PlannedModel, make_plan
-from faq_onnx.progress import SILENT
-from faq_onnx.report.progress import make_progress
+from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.runtime.generate import generate_greedy
 from faq_onnx.runtime.session import open_session
 
@@ -61,32 +59,20 @@ def split_groups(census: ModelCensus) -> ModelCensus:
 def main(argv: list[str] | None = None) -> int:
     """Measure both."""
     args = _parse(argv)
-    calibration = CalibrationConfig(
-        source=args.calibration, samples=args.samples, sequence_length=512
-    )
-    settings = {"method": "awq", "lm_head": "keep", "embedding": "keep"}
-    with quality.work_folder(args.work) as folder:
-        bench = quality.Bench.prepare(
-            args.model,
-            folder,
-            calibration=calibration,
-            evaluation=args.validation,
-            windows=args.windows,
-            progress=make_progress(sys.stderr),
-        )
+    with bench_options.opened_bench(args) as bench:
         split = SplitStats(bench.stats.folder, bench.stats.manifest)
         census = split_groups(bench.opened.census)
-        muls = dataclasses.replace(
-            bench, stats=split, opened=dataclasses.replace(bench.opened, census=census)
-        )
+        muls = dataclasses.replace(bench, opened=dataclasses.replace(bench.opened, census=census))
+        folder = bench.work
         paths = {}
-        for name, which, insert in (("folded", bench, False), ("muls", muls, True)):
-            config = QuantizeConfig.model_validate({**settings, "scale": {"insert_mul": insert}})
+        for name, which, stats in (("folded", bench, bench.stats), ("muls", muls, split)):
+            more = {"scale": {"insert_mul": which is muls}}
+            config = bench_options.make_config("awq", args.formats[0], args, **more)
             fresh = which.fresh()
-            planned = make_plan(fresh.census, config, which.stats, fresh.read)
+            planned = which.plan(fresh, config, stats)
             paths[name] = folder / f"{name}.onnx"
-            _write(which, planned, paths[name])
-            figure = quality.evaluate_file(name, paths[name], bench.reference, 0)
+            _write(which, planned, stats, paths[name])
+            figure = evaluate_file(name, paths[name], bench.reference, 0)
             print(f"{name:<7} KL {figure.kl_nats:.5f}  top-1 {figure.top1:.3f}", flush=True)
         speeds: dict[str, list[float]] = {name: [] for name in paths}
         for _round in range(ROUNDS):  # alternating: the machine's other work hits both
@@ -97,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write(bench: quality.Bench, planned: PlannedModel, path: Path) -> None:
+def _write(
+    bench: quality.Bench, planned: PlannedModel, stats: CalibrationStats, path: Path
+) -> None:
     fresh = bench.fresh()
-    stages.fold(fresh, planned)
-    folder = path.with_suffix(".weights")
-    quantized = stages.quantize(fresh, planned, bench.stats, {}, folder, SILENT)
+    quantized = bench.quantize(fresh, planned, stats, path.with_suffix(".weights"))
     stages.rewrite(fresh, planned, quantized.weights)
     save_model(fresh.model, path)
 
@@ -116,15 +102,9 @@ def _tokens_per_second(path: Path) -> float:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
+    parser = bench_options.make_parser(__doc__)
+    bench_options.add_calibration(parser, samples=16)
+    bench_options.add_common(parser, ("4b32",), windows=8)
     return parser.parse_args(argv)
 
 

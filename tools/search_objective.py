@@ -1,6 +1,6 @@
 """Does it pay to judge a channel scale by the output of its module, as llm-awq does?
 
-    python tools/search_objective.py MODEL --calibration c4-train.txt --validation c4-valid.txt
+    python tools/search_objective.py MODEL --calibration c4-train.txt --evaluation c4-valid.txt
 
 llm-awq measures a candidate for q, k and v at the attention's output, and one for gate and up at
 the MLP's; our planner measures each site's own output through the Gram matrix. Here both choose
@@ -11,29 +11,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+import bench_options
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 import quality
+from figures import paired
 
 from faq_onnx.artifacts.plan import GroupPlan, ScaleApplication
 from faq_onnx.artifacts.sites import GroupRole, LinearSite, ScaleGroup, WeightLayout
 from faq_onnx.calibration.collect import Collector
-from faq_onnx.calibration.corpus import load_corpus
-from faq_onnx.config import CalibrationConfig, QuantizeConfig
 from faq_onnx.graph.cut import Part, extract_part
 from faq_onnx.graph.io import save_model
-from faq_onnx.planning.planner import PlannedModel, make_plan
+from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.quant.channel_scale import awq_scale, exponents
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.uniform import fake_quantize, to_blocks
-from faq_onnx.report.progress import make_progress
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session
 
@@ -140,52 +137,25 @@ class ModuleSearch:
 def main(argv: list[str] | None = None) -> int:
     """Measure both objectives."""
     args = _parse(argv)
-    calibration = CalibrationConfig(
-        source=args.calibration, samples=args.samples, sequence_length=512
-    )
-    with quality.work_folder(args.work) as folder:
-        bench = quality.Bench.prepare(
-            args.model,
-            folder,
-            calibration=calibration,
-            evaluation=args.validation,
-            windows=args.windows,
-            progress=make_progress(sys.stderr),
-        )
-        tokens = load_corpus(
-            calibration,
-            source=bench.opened.source,
-            vocabulary=bench.opened.vocabulary,
-            count=4,
-            holdout=0,
-            progress=make_progress(sys.stderr),
-        )
-        for bits, block_size in ((4, 32), (3, 64)):
-            settings = {"method": "awq", "bits": bits, "block_size": block_size}
-            config = QuantizeConfig.model_validate(
-                {"lm_head": "keep", "embedding": "keep", **settings}
-            )
+    with bench_options.opened_bench(args) as bench:
+        for name in args.formats:
+            config = bench_options.make_config("awq", name, args)
             fresh = bench.fresh()
             start = time.perf_counter()
-            gram = make_plan(fresh.census, config, bench.stats, fresh.read)
+            gram = bench.plan(fresh, config, bench.stats)
             gram_s = time.perf_counter() - start
             start = time.perf_counter()
-            search = ModuleSearch(bench, tokens.calibration, bits, block_size)
+            search = ModuleSearch(bench, bench.windows[:4], config.bits, config.block_size)
             module = _with_exponents(gram, search.exponents(), bench)
             module_s = gram_s + time.perf_counter() - start
             pair = []
-            for name, planned, seconds in (("gram", gram, gram_s), ("module", module, module_s)):
-                opened = bench.fresh()
-                (figure,) = bench.finish(name, opened, planned, seconds, (0,))
+            for judge, planned, seconds in (("gram", gram, gram_s), ("module", module, module_s)):
+                label = f"{name} {judge}"
+                (figure,) = bench.finish(label, bench.fresh(), planned, seconds, (0,))
                 pair.append(figure)
-                print(
-                    f"{bits}b{block_size} {name:<7} KL {figure.kl_nats:.5f}  "
-                    f"top-1 {figure.top1:.3f}  plan {seconds:.0f} s",
-                    flush=True,
-                )
-            gain = np.subtract(pair[1].kl_windows, pair[0].kl_windows)
-            error = gain.std(ddof=1) / np.sqrt(len(gain))
-            print(f"{bits}b{block_size} module minus gram {gain.mean():+.5f} +- {error:.5f}")
+                bench_options.show(figure)
+            gain = paired(pair[1].kl_windows, pair[0].kl_windows)
+            print(f"{name} module minus gram {gain}")
     return 0
 
 
@@ -208,15 +178,9 @@ def _with_exponents(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--work", type=Path, help="keep the calibration here and reuse it")
+    parser = bench_options.make_parser(__doc__)
+    bench_options.add_calibration(parser, samples=48)
+    bench_options.add_common(parser, ("4b32", "3b64"), windows=8)
     return parser.parse_args(argv)
 
 
