@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -53,7 +54,13 @@ class Statistics:
         collector = self._collector(home)
         stats, _reference = collector.collect(windows, windows[:0], groups, self.progress)
         self.seconds += time.perf_counter() - start
+        shutil.rmtree(home / "walk")
         return stats
+
+    def forget(self) -> None:
+        """Remove what was collected; the next to ask collects again."""
+        for home in self.work.glob("statistics-*"):
+            shutil.rmtree(home)
 
     def sensitivities(self, stats: CalibrationStats, windows: Tokens) -> Sensitivities:
         """What each weight's error does to the logits, measured on the first windows."""

@@ -88,8 +88,12 @@ class Results:
         self._path = path
         self._kept: dict[str, Figure] = {}
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            for line in text.splitlines():
                 self._read(line)
+            if text and not text.endswith("\n"):
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("\n")  # the next line must not continue a cut one
 
     def get(self, key: Mapping[str, object]) -> Figure | None:
         """What was measured under this key."""
@@ -98,10 +102,6 @@ class Results:
     def add(self, key: Mapping[str, object], figure: Figure) -> Figure:
         """Keep it, in the file at once."""
         self._kept[_canonical(key)] = figure
-        if self._path is not None and self._path.is_file():
-            whole = self._path.read_bytes()
-            if whole and not whole.endswith(b"\n"):
-                self._path.write_bytes(whole + b"\n")
         append_results(self._path, [figure], key=dict(key))
         return figure
 
