@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -59,7 +60,11 @@ ReadWeight = Callable[[LinearSite], Array]
 ReadTable = Callable[[EmbeddingSite], Array]
 
 # Bits and block sizes that compete; 3-bit codes take 4 bits of storage, so they never would win.
-FORMATS = tuple((bits, block) for bits in (2, 4, 8) for block in (32, 64, 128))
+# No kernel is fast for 2 bits in blocks of 256.
+FORMATS = (
+    *((2, block) for block in (32, 64, 128)),
+    *((bits, block) for bits in (4, 8) for block in (32, 64, 128, 256)),
+)
 TABLE_BITS = (4, 8)  # what `--embedding` offers
 COARSE = block_format(3, 32, symmetric=False)
 COARSE_NAME = "round-to-nearest, 3 bits, blocks of 32, zero points"
@@ -136,7 +141,7 @@ class MixedPlanner:
         sensitivities: Measured ones.
         read_weight: Weight of a site, float32 [N, K].
         read_table: Table of an embedding, float32 [rows, width].
-        formats: (bits, block size) that compete.
+        formats: (bits, block size) that compete, with and without zero points.
         other_bytes: Of the file that are not weights of sites or embeddings.
     """
 
@@ -182,14 +187,33 @@ class MixedPlanner:
         measured = self.sensitivities.per_error()
         head = "keep" if self.config.lm_head == "keep" else "same"
         options: dict[str, list[SitePlan]] = {}
-        for bits, block_size in self.formats:
-            wish = {"bits": bits, "block_size": block_size, "lm_head": head}
+        for (bits, block_size), symmetric in itertools.product(self.formats, self._symmetries()):
+            wish: dict[str, object] = {"bits": bits, "block_size": block_size}
+            wish |= {"symmetric": symmetric, "lm_head": head}
             for plan in plan_sites(self.census, self.config.model_copy(update=wish)):
                 known = options.setdefault(plan.site, [])
-                formats = [other.format for other in known]
-                if plan.format is not None and plan.format not in formats and self._fits(plan):
+                if plan.format is not None and self._fits(plan) and not self._beaten(plan, known):
                     known.append(plan)
         return {name: plans for name, plans in options.items() if plans and name in measured}
+
+    def _beaten(self, plan: SitePlan, known: Sequence[SitePlan]) -> bool:
+        """Whether smaller blocks of the same kind take no more room: long ones are padded."""
+        site, fmt = self.census.site(plan.site), plan.format
+        assert fmt is not None
+        size = format_bytes(site.out_features, site.in_features, fmt)
+        return any(
+            (other.code_bits, other.symmetric) == (fmt.code_bits, fmt.symmetric)
+            and other.block_size <= fmt.block_size
+            and format_bytes(site.out_features, site.in_features, other) <= size
+            for other in (one.format for one in known)
+            if other is not None
+        )
+
+    def _symmetries(self) -> tuple[bool, ...]:
+        """Zero points cost a few hundredths of a bit, and not every weight needs them."""
+        if self.config.symmetric:
+            return (True,)
+        return (False,) if self.config.axes.grid == "hqq" else (False, True)  # hqq moves them
 
     def _fits(self, plan: SitePlan) -> bool:
         """Whether the head's table can be the embedding's as well."""
@@ -238,9 +262,8 @@ class MixedPlanner:
         named = {"auto": TABLE_BITS, "4": (4,), "8": (8,)}.get(wish, ())
         blocks = dict.fromkeys(block for _, block in self.formats)
         return [
-            block_format(bits, block, self.config.symmetric)
-            for bits in named
-            for block in blocks
+            block_format(bits, block, symmetric)
+            for bits, block, symmetric in itertools.product(named, blocks, self._symmetries())
             if table.width % block == 0
         ]
 

@@ -15,7 +15,14 @@ from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import PlanError
 from faq_onnx.graph.weights import read_initializer
 from faq_onnx.planning.budget import format_bytes, parse_budget
-from faq_onnx.planning.mixed import CoarseRounding, MixedFormats, MixedPlanner
+from faq_onnx.planning.mixed import (
+    CURVE_POINTS,
+    KL_SHARE,
+    CoarseRounding,
+    MixedFormats,
+    MixedPlanner,
+    describe_trade_off,
+)
 from faq_onnx.quant.objective import output_energy
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx
@@ -171,6 +178,53 @@ def test_excluded_and_unmeasured_sites_keep_the_configured_plan(planned: Make) -
     assert _formats(found)[first] is None
     assert (_format(found, second).code_bits, _format(found, second).block_size) == (4, 32)
     assert not {first, second} & set(found.allocation.choice)
+
+
+def test_formats_without_zero_points_compete_where_the_grid_allows(planned: Make) -> None:
+    inputs = planned()
+
+    def kinds(config: QuantizeConfig) -> set[bool]:
+        found = _formats(_choose(inputs, "5bpw", config)).values()
+        return {fmt.symmetric for fmt in found if fmt is not None}
+
+    assert True in kinds(RTN)
+    assert kinds(RTN.model_copy(update={"symmetric": True})) == {True}
+    assert kinds(QuantizeConfig(method=Method.HQQ)) == {False}
+    plain = _choose(inputs, "5bpw", RTN.model_copy(update={"symmetric": True}))
+    assert _choose(inputs, "5bpw").allocation.total.kl <= plain.allocation.total.kl
+
+
+def test_blocks_that_would_be_padded_do_not_compete(planned: Make) -> None:
+    """Every K is at most 128 here, so blocks of 256 save nothing, and are never measured."""
+    inputs = planned()
+    sizes = {site.name: site.in_features for site in inputs.census.sites}
+    curve = [_choose(inputs, wish) for wish in ("3bpw", "4bpw", "5bpw", "7bpw")]
+    for found in curve:
+        for name, width in sizes.items():
+            assert _format(found, name).block_size <= width
+
+
+def test_the_trade_off_is_a_thinned_curve_with_its_ends(planned: Make) -> None:
+    found = _choose(planned(), "4bpw")
+    described = describe_trade_off("4bpw", found)
+    whole = found.allocation.curve
+    assert (described.kind, described.limit) == ("bpw", 4.0)
+    assert described.curve[0].bytes == whole[0].bytes + found.fixed_bytes
+    assert described.curve[-1].bytes == whole[-1].bytes + found.fixed_bytes
+    assert 10 < len(described.curve) <= CURVE_POINTS
+    assert described.chosen.kl == found.allocation.total.kl
+
+
+def test_a_kl_budget_is_aimed_at_with_a_margin(planned: Make) -> None:
+    inputs = planned()
+    curve = _choose(inputs, "3bpw").allocation.curve
+    wish = 2 * curve[len(curve) // 2].kl
+    assert _choose(inputs, f"kl<={wish:.6g}").allocation.total.kl <= KL_SHARE * wish * 1.0001
+    best = curve[-1].kl  # no margin is left here
+    found = _choose(inputs, f"kl<={best * 1.01:.6g}")
+    assert found.allocation.total.kl <= best * 1.01
+    with pytest.raises(PlanError, match=r"kl<=.* cannot be met: the smallest possible value"):
+        _choose(inputs, f"kl<={best * 0.9:.6g}")
 
 
 def test_a_better_rounding_is_predicted_to_cost_less(planned: Make) -> None:
