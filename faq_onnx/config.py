@@ -139,12 +139,8 @@ class RoundingConfig(_Section):
     """Share of the calibration windows that walks the low-bit path."""
     damping: Annotated[float, Field(ge=0.0)] = 0.01
     """Ridge of GPTQ, relative to the mean of the Gram matrix's diagonal."""
-    shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Share of the error at a site's inputs that its weights make up for, on the low-bit path."""
-    residual_shift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """The same for sites that add to the residual stream, whose whole error they see."""
-    ridge: Annotated[float, Field(gt=0.0)] = 1.0
-    """Keeps these corrections to directions with energy; relative to the mean energy."""
+    correct: bool = True
+    """On the low-bit path, let weights make up for the errors of the sites before them."""
 
 
 class FaqConfig(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
 from faq_onnx.calibration.paired import PairedMoments, PairedWalk
-from faq_onnx.config import QuantizeConfig, RoundingConfig
+from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import DATA_ALIGNMENT_BYTES, load_model, release_weights, rest_bytes
@@ -36,7 +37,7 @@ from faq_onnx.passes import (
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.progress import Progress
 from faq_onnx.quant.objective import scale_gram
-from faq_onnx.quant.shift import shifted_target
+from faq_onnx.quant.shift import Miss, correction
 from faq_onnx.quant.site import (
     QuantizedSite,
     SiteMoments,
@@ -230,20 +231,21 @@ class _Bench:
         walk.run(windows, groups, self._solve, progress)
 
     def _solve(
-        self, group: ScaleGroup, moments: PairedMoments
+        self, group: ScaleGroup, halves: tuple[PairedMoments, PairedMoments]
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Quantize the sites of one group; what the low-bit path goes on with."""
         config = self.planned.plan.config or QuantizeConfig()
-        shared = SiteMoments(moments.gram, config.rounding.damping)
+        moments = SiteMoments(PairedMoments.mean(halves).gram, config.rounding.damping)
+        targets = _Targets(halves) if config.rounding.correct else None
         found = {}
         for name in group.sites:
             plan = self.plans.get(name)
             if plan is None:
                 continue
             weight = self.opened.read(self.opened.census.site(name))
-            own = shared
-            if looks_at_activations(plan):
-                own = shared.with_target(_target(weight, name, moments, config.rounding))
+            own = moments
+            if targets is not None and looks_at_activations(plan):
+                own = moments.with_target(targets.of(name, weight))
             result = self._quantize(plan, weight, own, workers=thread_count())
             self._keep(plan, result)
             found[name] = dequantize_weight(result.weight)
@@ -302,17 +304,26 @@ def rewrite(opened: OpenedModel, planned: PlannedModel, weights: WeightStore) ->
     )
 
 
-def _target(
-    weight: npt.NDArray[np.float32], name: str, moments: PairedMoments, rounding: RoundingConfig
-) -> npt.NDArray[np.float32]:
-    """What a site should round to so that the low-bit path comes back to the float one."""
-    if name in moments.residual:
-        missing = moments.residual[name] - weight @ moments.gram
-        return shifted_target(
-            weight, moments.gram, missing, rounding.residual_shift, rounding.ridge
+@dataclasses.dataclass(frozen=True)
+class _Targets:
+    """What the sites of one group should round to for the low-bit path to meet the float one."""
+
+    halves: tuple[PairedMoments, PairedMoments]
+
+    def of(self, name: str, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The target of one site, float32 [N, K]."""
+        if name not in self.halves[0].residual:
+            return weight + weight @ self._activation
+        one, other = (
+            Miss(half.gram, half.residual[name] - weight @ half.gram) for half in self.halves
         )
-    missing = weight @ moments.cross
-    return shifted_target(weight, moments.gram, missing, rounding.shift, rounding.ridge)
+        return weight + correction((one, other))
+
+    @functools.cached_property
+    def _activation(self) -> npt.NDArray[np.float32]:
+        """What takes x_q nearer to x, for all sites that pass it on: float32 [K, K]."""
+        one, other = (Miss(half.gram, half.cross) for half in self.halves)
+        return correction((one, other))
 
 
 def _site_error(site: LinearSite, result: QuantizedSite, marks: Mapping[str, str]) -> SiteError:

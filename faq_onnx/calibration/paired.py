@@ -43,18 +43,29 @@ class PairedMoments:
 
     Attributes:
         gram: E[x_q^T x_q], float32 [K, K].
-        cross: E[(x - x_q)^T x_q], float32 [K, K].
-        residual: By site that adds to the residual stream, E[(r - r_q - b)^T x_q], float32
-            [N, K]: r is the float stream behind the addition, r_q the low-bit stream in front of
-            it, so r - r_q is what weight and bias b should add for the streams to meet again.
+        cross: E[(x - x_q)^T x_q], float32 [K, K]; zeros where every site has a residual.
+        residual: By site that adds to the residual stream, E[(r - r_q)^T x_q], float32 [N, K]:
+            r is the float stream behind the addition, r_q the low-bit stream in front of it, so
+            r - r_q is what the site should add for the streams to meet again.
     """
 
     gram: Array
     cross: Array
     residual: Mapping[str, Array]
 
+    @classmethod
+    def mean(cls, halves: tuple[PairedMoments, PairedMoments]) -> PairedMoments:
+        """Over both halves of the tokens."""
+        one, other = halves
+        return cls(
+            (one.gram + other.gram) / 2,
+            (one.cross + other.cross) / 2,
+            {name: (one.residual[name] + other.residual[name]) / 2 for name in one.residual},
+        )
 
-Solve = Callable[[ScaleGroup, PairedMoments], Mapping[str, Array]]
+
+Halves = tuple[PairedMoments, PairedMoments]
+Solve = Callable[[ScaleGroup, Halves], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +117,8 @@ class PairedWalk:
         Args:
             windows: Token ids, int64 [windows, length].
             groups: Names of the groups to stop at; others stay float on both paths.
-            solve: Gets a group and its moments, returns the weights [N, K] that the low-bit path
-                goes on with, by site name.
+            solve: Gets a group and its moments on two halves of the tokens, returns the weights
+                [N, K] that the low-bit path goes on with, by site name.
             progress: One step per part.
 
         Raises:
@@ -212,30 +223,25 @@ class PairedWalk:
         return types
 
     @np.errstate(over="ignore", invalid="ignore")  # `_check_finite` says where it happened
-    def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> PairedMoments:
-        size = stop.group.in_features
-        gram, cross = np.zeros((size, size)), np.zeros((size, size))
-        sums: dict[str, Accumulator] = {
-            name: np.zeros((self.census.site(name).out_features, size)) for name in stop.residuals
-        }
+    def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> Halves:
+        sums = (_Sums.zeros(stop, self.census), _Sums.zeros(stop, self.census))
         biases = {name: self._bias(name) for name in stop.residuals}
-        tokens = 0
         for batch in batches:
             low = _rows(self._read(part, stop.value, batch, low_bit=True))
-            gram += low.T @ low
-            tokens += len(low)
-            if len(sums) < len(stop.group.sites):
-                cross += (_rows(self._read(part, stop.value, batch, low_bit=False)) - low).T @ low
+            float_path = None
+            if len(stop.residuals) < len(stop.group.sites):
+                float_path = _rows(self._read(part, stop.value, batch, low_bit=False))
+            missing = {}
             for name, place in stop.residuals.items():
                 after = _rows(self._float.get(place.after, batch.name))
                 before = _rows(self._read(part, place.before, batch, low_bit=True))
-                sums[name] += (after - before - biases[name]).T @ low
-        self._check_finite(stop, gram)
-        return PairedMoments(
-            (gram / tokens).astype(np.float32),
-            (cross / tokens).astype(np.float32),
-            {name: (total / tokens).astype(np.float32) for name, total in sums.items()},
-        )
+                missing[name] = after - before - biases[name]
+            middle = len(low) // 2
+            for half, rows in zip(sums, (slice(middle), slice(middle, None)), strict=True):
+                ahead = None if float_path is None else float_path[rows]
+                half.add(low[rows], ahead, {name: m[rows] for name, m in missing.items()})
+        self._check_finite(stop, sums[0].gram + sums[1].gram)
+        return sums[0].means(), sums[1].means()
 
     def _bias(self, name: str) -> Array:
         site = self.census.site(name)
@@ -259,6 +265,39 @@ class PairedWalk:
         for name in {*part.inputs, *after} - later:
             self._float.drop(name)
             self._low_bit.drop(name)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Running float64 sums over some of the tokens."""
+
+    gram: Accumulator
+    cross: Accumulator
+    residual: dict[str, Accumulator]
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, stop: _Stop, census: ModelCensus) -> _Sums:
+        size = stop.group.in_features
+        rows = {name: census.site(name).out_features for name in stop.residuals}
+        residual = {name: np.zeros((count, size)) for name, count in rows.items()}
+        return cls(np.zeros((size, size)), np.zeros((size, size)), residual)
+
+    def add(self, low: Array, ahead: Array | None, missing: Mapping[str, Array]) -> None:
+        self.gram += low.T @ low
+        if ahead is not None:
+            self.cross += (ahead - low).T @ low
+        for name, rows in missing.items():
+            self.residual[name] += rows.T @ low
+        self.tokens += len(low)
+
+    def means(self) -> PairedMoments:
+        count = max(self.tokens, 1)
+        return PairedMoments(
+            (self.gram / count).astype(np.float32),
+            (self.cross / count).astype(np.float32),
+            {name: (total / count).astype(np.float32) for name, total in self.residual.items()},
+        )
 
 
 def _rows(array: npt.NDArray[np.generic]) -> Array:

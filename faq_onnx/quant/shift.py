@@ -2,39 +2,81 @@
 
 On the low-bit path a site reads x_q, and its output should be y: what it gives in the float model,
 or, where it adds to the residual stream, what brings that stream back to the float one. The
-weight that comes closest, min_V E|x_q V^T - y|^2, is W + E[(y - x_q W^T)^T x_q] E[x_q^T x_q]^-1.
-Rounding it instead of W is the exact form of GPTAQ's term (arXiv 2504.02692), close to QEP and
-Qronos (algorithms.md 5.2, 5.3); the residual stream as the target is ours.
+weight that comes closest, min_V E|x_q V^T - y|^2, is W + M G^-1 with G = E[x_q^T x_q] and
+M = E[(y - x_q W^T)^T x_q]. Rounding it instead of W is the exact form of GPTAQ's term (arXiv
+2504.02692), close to QEP and Qronos (algorithms.md 5.2, 5.3); the residual stream as y is ours.
+
+M is mostly noise: the errors that it should find in x_q are small beside the rest. So the
+correction is damped, D = a M (G + r mean(diag G) I)^-1, and ridge r and strength a are those under
+which what one half of the tokens asks for helps the other half most (2-fold cross-validation).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["shifted_target"]
+__all__ = ["RIDGES", "Miss", "correction", "damped_correction"]
 
 Matrix = npt.NDArray[np.float32]
 
+RIDGES = (0.1, 1.0)
 
-def shifted_target(
-    weight: Matrix, gram: Matrix, missing: Matrix, strength: float, ridge: float
-) -> Matrix:
-    """W + strength * M (G + ridge mean(diag G) I)^-1, float32 [N, K].
 
-    Args:
-        weight: W, float32 [N, K].
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """What a weight misses on some tokens.
+
+    Attributes:
         gram: G = E[x_q^T x_q], float32 [K, K].
-        missing: M = E[(y - x_q W^T)^T x_q], float32 [N, K].
-        strength: Share of the error to make up for; 0 leaves the weight.
-        ridge: Keeps the correction to directions with much energy: in those of little it would
-            fit the noise of the calibration text.
+        missing: M = E[(y - x_q W^T)^T x_q], float32 [N, K]. For sites whose y is x W^T, the
+            activation itself may stand for all of them: E[(x - x_q)^T x_q], [K, K]; their
+            weights then take W times its correction.
     """
-    if strength == 0:
-        return weight
-    damped = gram.astype(np.float64)
+
+    gram: Matrix
+    missing: Matrix
+
+    def linear_gain(self, change: Matrix) -> float:
+        """Half the slope of the loss along `change`, downwards: tr(D M^T)."""
+        return float(np.vdot(change, self.missing))
+
+    def curvature(self, change: Matrix) -> float:
+        """tr(D G D^T)."""
+        return float(np.vdot(change @ self.gram, change))
+
+
+def correction(halves: tuple[Miss, Miss], ridges: Sequence[float] = RIDGES) -> Matrix:
+    """What to add to the weight, float32 [N, K]; zeros where nothing helps.
+
+    E|x_q (W + a D)^T - y|^2 falls by 2 a tr(D M^T) - a^2 tr(D G D^T): with D of one half of the
+    tokens and M, G of the other, the best strength a, limited to [0, 1], has a closed form.
+    """
+    one, other = halves
+    best, strength, least = None, 0.0, 0.0
+    for ridge in ridges:
+        pairs = [(damped_correction(one, ridge), other), (damped_correction(other, ridge), one)]
+        slope = sum(half.linear_gain(change) for change, half in pairs)
+        curvature = sum(half.curvature(change) for change, half in pairs)
+        if slope <= 0 or curvature <= 0:
+            continue
+        wish = min(slope / curvature, 1.0)
+        gain = 2 * wish * slope - wish**2 * curvature
+        if gain > least:
+            best, strength, least = ridge, wish, gain
+    if best is None:
+        return np.zeros_like(one.missing)
+    whole = Miss((one.gram + other.gram) / 2, (one.missing + other.missing) / 2)
+    return np.float32(strength) * damped_correction(whole, best)
+
+
+def damped_correction(miss: Miss, ridge: float) -> Matrix:
+    """M (G + ridge mean(diag G) I)^-1, float32 [N, K]."""
+    damped = miss.gram.astype(np.float64)
     mean = float(np.diagonal(damped).mean()) or 1.0
     np.fill_diagonal(damped, np.diagonal(damped) + ridge * mean)
-    correction = np.linalg.solve(damped, missing.T.astype(np.float64)).T
-    shifted: Matrix = weight + np.float32(strength) * correction.astype(np.float32)
-    return shifted
+    change: Matrix = np.linalg.solve(damped, miss.missing.T.astype(np.float64)).T
+    return np.ascontiguousarray(change, dtype=np.float32)
