@@ -260,7 +260,7 @@ def path_windows(
     """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
     if config.axes.path == "float" or not config.axes.calibrates:
         return None
-    return _spread(windows, round(config.rounding.path_share * len(windows)))
+    return _spread(windows, round(config.path_share * len(windows)))
 
 
 def scale_windows(config: QuantizeConfig, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -35,11 +35,8 @@ STEPS = {
     "+ awq scales": f"rtn {SEARCH} scale.statistic=awq",
     "faq scales instead": f"rtn {SEARCH} scale.statistic=faq",
     "+ gptq": f"rtn {GPTQ} scale.statistic=faq",
-    "+ low-bit path": (
-        f"rtn {WALK} scale.statistic=faq rounding.shift=0 rounding.residual_shift=0"
-    ),
-    "+ shift": f"rtn {WALK} scale.statistic=faq rounding.residual_shift=0",
-    "+ residual shift": f"rtn {WALK} scale.statistic=faq",
+    "+ low-bit path": (f"rtn {WALK} scale.statistic=faq rounding.correct=false"),
+    "+ correction": f"rtn {WALK} scale.statistic=faq",
 }
 
 

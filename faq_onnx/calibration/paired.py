@@ -27,7 +27,7 @@ from faq_onnx.graph.weights import read_initializer, replace_weight
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.runtime.session import open_session
 
-__all__ = ["PairedMoments", "PairedWalk", "Solve"]
+__all__ = ["Halves", "PairedMoments", "PairedWalk", "Solve"]
 
 # Fused additions to the residual stream, and what may stand between one and the site.
 _SKIP_NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
@@ -47,20 +47,28 @@ class PairedMoments:
         residual: By site that adds to the residual stream, E[(r - r_q)^T x_q], float32 [N, K]:
             r is the float stream behind the addition, r_q the low-bit stream in front of it, so
             r - r_q is what the site should add for the streams to meet again.
+        tokens: How many the means are over.
     """
 
     gram: Array
     cross: Array
     residual: Mapping[str, Array]
+    tokens: int
 
     @classmethod
     def mean(cls, halves: tuple[PairedMoments, PairedMoments]) -> PairedMoments:
         """Over both halves of the tokens."""
         one, other = halves
+        share = np.float32(one.tokens / (one.tokens + other.tokens))
+        rest = np.float32(1) - share
         return cls(
-            (one.gram + other.gram) / 2,
-            (one.cross + other.cross) / 2,
-            {name: (one.residual[name] + other.residual[name]) / 2 for name in one.residual},
+            share * one.gram + rest * other.gram,
+            share * one.cross + rest * other.cross,
+            {
+                name: share * one.residual[name] + rest * other.residual[name]
+                for name in one.residual
+            },
+            one.tokens + other.tokens,
         )
 
 
@@ -297,6 +305,7 @@ class _Sums:
             (self.gram / count).astype(np.float32),
             (self.cross / count).astype(np.float32),
             {name: (total / count).astype(np.float32) for name, total in self.residual.items()},
+            self.tokens,
         )
 
 

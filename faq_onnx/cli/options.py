@@ -96,9 +96,7 @@ ROUNDING = Group(
         "rounding.path": ("--path",),
         "rounding.path_share": ("--path-share",),
         "rounding.damping": ("--damping",),
-        "rounding.shift": ("--shift",),
-        "rounding.residual_shift": ("--residual-shift",),
-        "rounding.ridge": ("--ridge",),
+        "rounding.correct": ("--correct", "--no-correct"),
     },
 )
 VERIFICATION = Group(

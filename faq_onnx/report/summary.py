@@ -153,10 +153,8 @@ def _path(config: QuantizeConfig) -> str:
     rounding = config.rounding
     if config.axes.path == "float":
         return "the float model"
-    return (
-        f"the model quantized so far ({rounding.path_share:.0%} of the windows); each layer makes "
-        f"up for {rounding.shift:.0%} of the errors before it"
-    )
+    made_up = "each site makes up for errors before it" if rounding.correct else "not made up for"
+    return f"the model quantized so far ({config.path_share:.0%} of the windows); {made_up}"
 
 
 def _quality(verification: VerificationReport | None) -> str:

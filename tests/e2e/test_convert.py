@@ -482,10 +482,8 @@ def test_settings_of_the_low_bit_path_change_the_result(
     runs: dict[str, tuple[str, ...]] = {
         "default": (),
         "float path": ("--path", "float"),
-        "no shift": ("--shift", "0"),
-        "no residual shift": ("--residual-shift", "0"),
+        "no correction": ("--no-correct",),
         "more damping": ("--damping", "0.5"),
-        "ridge": ("--ridge", "0.1"),
         "all windows": ("--path-share", "1"),
         "clipped": ("--grid", "clip"),
         "nearest": ("--rounding", "nearest"),

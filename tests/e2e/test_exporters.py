@@ -29,7 +29,7 @@ from faq_onnx.artifacts.sites import (
     Tie,
     WeightLayout,
 )
-from faq_onnx.calibration.paired import PairedMoments, PairedWalk
+from faq_onnx.calibration.paired import Halves, PairedMoments, PairedWalk
 from faq_onnx.cli.main import main
 from faq_onnx.graph.io import load_model
 from faq_onnx.graph.weights import read_initializer, read_weight
@@ -424,7 +424,8 @@ def test_paired_walk_sees_the_residual_stream(fixture: Fixture, tmp_path: Path) 
     walk = PairedWalk(model, census, tmp_path)
     seen: dict[str, float] = {}
 
-    def solve(_group: ScaleGroup, moments: PairedMoments) -> dict[str, Array]:
+    def solve(_group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+        moments = PairedMoments.mean(halves)
         for name, residual in moments.residual.items():
             expected = read_weight(model, census.site(name)) @ moments.gram
             seen[name] = float(np.abs(residual - expected).max() / np.abs(expected).max())

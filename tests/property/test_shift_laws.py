@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faq_onnx.quant.shift import shifted_target
+from faq_onnx.quant.shift import Miss, damped_correction
 
 pytestmark = pytest.mark.property
 EPS = 2.0**-23
@@ -39,7 +39,7 @@ def test_a_shift_never_costs_output_error(  # noqa: PLR0913, PLR0917 - drawn val
     missing = ((wanted - low @ weight.T).T @ low / tokens).astype(np.float32)
 
     def cost(strength: float) -> float:
-        target = shifted_target(weight, gram, missing, strength, ridge)
+        target = weight + np.float32(strength) * damped_correction(Miss(gram, missing), ridge)
         return float(np.square(low @ target.T.astype(np.float64) - wanted).sum())
 
     nothing, less, more = cost(0.0), cost(strengths[0]), cost(strengths[1])

@@ -16,7 +16,7 @@ import pytest
 
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup, Tie
 from faq_onnx.calibration import batches as batches_module
-from faq_onnx.calibration.paired import PairedMoments, PairedWalk, Solve
+from faq_onnx.calibration.paired import Halves, PairedMoments, PairedWalk, Solve
 from faq_onnx.errors import CalibrationError, NonFiniteError
 from faq_onnx.graph.weights import read_weight, replace_weight
 from faq_onnx.runtime.feeds import decoder_feeds
@@ -66,9 +66,10 @@ class _Solved:
         self.model, self.census, self.change = model, census, change
         self.moments: dict[str, PairedMoments] = {}
 
-    def __call__(self, group: ScaleGroup, moments: PairedMoments) -> Mapping[str, Array]:
+    def __call__(self, group: ScaleGroup, halves: Halves) -> Mapping[str, Array]:
         assert group.name not in self.moments
-        self.moments[group.name] = moments
+        assert sum(half.tokens for half in halves) == IDS.size
+        self.moments[group.name] = PairedMoments.mean(halves)
         sites = [self.census.site(name) for name in group.sites]
         return {site.name: self.change(read_weight(self.model, site)) for site in sites}
 
@@ -269,8 +270,8 @@ def test_a_site_that_is_not_solved_stays_float(tmp_path: Path) -> None:
     solved = _Solved(model, CENSUS, _perturbed)
     kept = {site.name for site in CENSUS.sites if site.role is LinearRole.GATE_PROJ}
 
-    def solve(group: ScaleGroup, moments: PairedMoments) -> Mapping[str, Array]:
-        weights = solved(group, moments)
+    def solve(group: ScaleGroup, halves: Halves) -> Mapping[str, Array]:
+        weights = solved(group, halves)
         return {name: weight for name, weight in weights.items() if name not in kept}
 
     PairedWalk(model, CENSUS, tmp_path).run(IDS, GROUPS, solve)
@@ -291,7 +292,7 @@ def test_the_model_is_left_alone_and_nothing_is_kept(tmp_path: Path) -> None:
 def test_disk_holds_the_inputs_of_one_part(tmp_path: Path) -> None:
     counts = []
 
-    def solve(_group: ScaleGroup, _moments: PairedMoments) -> Mapping[str, Array]:
+    def solve(_group: ScaleGroup, _halves: Halves) -> Mapping[str, Array]:
         counts.append(len(list(tmp_path.rglob("*.run0.npy"))))
         return {}
 
@@ -303,7 +304,7 @@ def test_disk_holds_the_inputs_of_one_part(tmp_path: Path) -> None:
 def test_a_walk_again_in_the_same_folder_gives_the_same(tmp_path: Path) -> None:
     """After another one that stopped half way."""
 
-    def stop(group: ScaleGroup, _moments: PairedMoments) -> Mapping[str, Array]:
+    def stop(group: ScaleGroup, _halves: Halves) -> Mapping[str, Array]:
         if group.name == "layers.1.mlp_input":
             raise KeyboardInterrupt
         return {}

@@ -308,14 +308,14 @@ def test_summary_follows_an_axis_that_was_set_apart() -> None:
     config = QuantizeConfig(
         method=Method.AWQ,
         scale=ScaleConfig(statistic="none"),
-        rounding=RoundingConfig(rounding="gptq", path="low-bit", path_share=0.25, shift=0.25),
+        rounding=RoundingConfig(rounding="gptq", path="low-bit", path_share=0.25),
     )
     text = summary_markdown(_report(config=config))
     for words in (
         "- Channel scales: none",
         "cut where that lowers the output error (AWQ)",
         "(GPTQ)",
-        "so far (25% of the windows); each layer makes up for 25% of the errors",
+        "so far (25% of the windows); each site makes up for errors before it",
     ):
         assert words in text
     float_path = config.model_copy(update={"rounding": RoundingConfig(rounding="gptq")})
