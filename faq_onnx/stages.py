@@ -59,7 +59,7 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 LOW_BIT_TENSORS = 3  # codes, scales and zero points of a weight
-REFERENCE_BYTES = 150  # name, dims and node attributes of one of them; about 100 were measured
+REFERENCE_BYTES = 90  # dims of one of them, suffix of its name, its share of the node's attributes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,20 @@ class OpenedModel:
 
     def read_table(self, table: EmbeddingSite) -> npt.NDArray[np.float32]:
         """An embedding as the graph holds it now, float32 [rows, width]."""
-        return read_initializer(self.model, table.weight).astype(np.float32, copy=False)
+        values = read_initializer(self.model, table.weight).astype(np.float32, copy=False)
+        if values.shape == (table.rows, table.width):
+            return values
+        return np.ascontiguousarray(values.T)  # a tied head's weight, behind a Transpose
 
     def other_bytes(self, *, external: bool) -> int:
         """At most what a low-bit file holds besides codes, scales and zero points."""
-        weights = [site.weight for site in self.census.sites]
-        weights += [table.weight for table in self.census.embeddings]
-        rest = rest_bytes(self.model, set(weights))
+        weights: list[LinearSite | EmbeddingSite] = [*self.census.sites, *self.census.embeddings]
+        rest = rest_bytes(self.model, {weight.weight for weight in weights})
         # Pages of onnxruntime: in a file of their own, tensors begin at multiples of 4096.
-        padding = LOW_BIT_TENSORS * DATA_ALIGNMENT_BYTES if external else 0
-        return rest + len(weights) * (LOW_BIT_TENSORS * REFERENCE_BYTES + padding)
+        padding = DATA_ALIGNMENT_BYTES if external else 0
+        names = sum(len(weight.name) + len(weight.weight) for weight in weights)
+        tensors = LOW_BIT_TENSORS * len(weights)
+        return rest + tensors * (REFERENCE_BYTES + padding) + LOW_BIT_TENSORS * names
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
@@ -337,7 +341,7 @@ def _quantize_embeddings(opened: OpenedModel, planned: PlannedModel, store: Weig
         if plan.format is None or plan.shared_with is not None:
             continue
         table = tables[plan.embedding]
-        values = read_initializer(opened.model, table.weight).astype(np.float32, copy=False)
+        values = opened.read_table(table)
         store.put(table.name, quantize_rtn(values, plan.format, _scale_dtype(table.dtype)))
 
 

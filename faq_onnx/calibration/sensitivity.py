@@ -270,15 +270,17 @@ class _Runner:
             if name not in self.part.varying:
                 continue
             array = results[name]
-            if len(array) != len(group):
+            rows, left = divmod(len(array), len(group))
+            flat = array.ndim == 2 and rows == self.windows.shape[1]  # batch * sequence
+            if left or not (rows == 1 or flat):
                 msg = (
                     f"value {name!r} between layers has shape {list(array.shape)} for "
                     f"{len(group)} windows; bits can be mixed only where the batch is the first "
                     "axis: give --bits instead of --budget"
                 )
                 raise UnsupportedModelError(msg)
-            for unit, row in zip(group, array, strict=True):
-                HiddenStore(self.folder).put(name, unit.key, row[np.newaxis])
+            for unit, part in zip(group, np.split(array, len(group)), strict=True):
+                HiddenStore(self.folder).put(name, unit.key, part)
 
     def _keep_constants(self, session: ort.InferenceSession) -> None:
         """Values that do not depend on the ids (masks, rotary tables), for each group size."""
@@ -340,7 +342,11 @@ class _Exposed:
         errors[weight.name] = perturbation.error
         stored = self.given[weight.weight]
         values = perturbation.weight
-        if isinstance(weight, LinearSite) and weight.layout is not WeightLayout.N_K:
+        if isinstance(weight, LinearSite):
+            turned = weight.layout is not WeightLayout.N_K
+        else:  # a tied head's weight may be the table behind a Transpose
+            turned = values.shape != stored.shape
+        if turned:
             values = values.T
         array = np.ascontiguousarray(values, dtype=stored.dtype).reshape(stored.shape)
         return {**self.given, weight.weight: array}

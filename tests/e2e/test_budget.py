@@ -16,6 +16,7 @@ from faq_onnx.artifacts.sites import Tie
 from faq_onnx.testing import TinyLlama
 
 MakeSource = Callable[..., Path]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "exporters"
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,29 @@ def test_json_has_the_curve(cli: Any, small: Path, tmp_path: Path) -> None:
     assert found["kind"] == "bpw"
     assert found["limit"] == 4
     assert len(found["curve"]) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dynamo20-qwen2-untied-gemm-fp32",  # values between layers are [batch * sequence, width]
+        "genai-qwen2-tied-fp32",  # the embedding is the head's weight behind a Transpose
+        "mobius-llama-tied-fp16",
+        "optimum-llama-tieddup-fp32",
+    ],
+)
+def test_exports_of_other_tools(cli: Any, tmp_path: Path, name: str) -> None:
+    source, out = FIXTURES / name, tmp_path / "out"
+    settings = ("--samples", "4", "--sequence-length", "32", "--verify-samples", "2", "-q")
+    words = (*settings, "--max-kl", "9", "--method", "rtn", "--budget")
+    done = cli.run("convert", source, "-o", out, *words, "6.6bpw")
+    assert done.code == 0, done.err
+    report = _report(out)
+    assert report.trade_off is not None
+    assert report.verification is not None
+    assert report.verification.logits is not None
+    assert report.totals.bits_per_weight <= 6.6
+    assert report.totals.output_bytes <= report.trade_off.chosen.bytes
+    # random weights: the sum of small errors, within what their interaction was seen to add
+    assert report.verification.logits.kl_nats < 4 * report.trade_off.chosen.kl
