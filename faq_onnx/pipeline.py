@@ -65,7 +65,8 @@ _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
 SENSITIVITY_NAME = "sensitivity.json"
-SCALE_TOKENS = 16_384  # for the choice of channel scales where rounding has a walk of its own
+# For the choice of channel scales where rounding has a walk of its own; the least for the walk.
+SCALE_TOKENS = 16_384
 _AXES = ("grid", "rounding", "path")
 
 
@@ -260,7 +261,8 @@ def path_windows(
     """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
     if config.axes.path == "float" or not config.axes.calibrates:
         return None
-    return _spread(windows, round(config.path_share * len(windows)))
+    fewest = -(-SCALE_TOKENS // windows.shape[1])  # a share of a small corpus would be too few
+    return _spread(windows, max(round(config.path_share * len(windows)), fewest))
 
 
 def scale_windows(config: QuantizeConfig, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

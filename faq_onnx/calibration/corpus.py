@@ -85,8 +85,12 @@ def load_corpus(  # noqa: PLR0913 - keyword-only, one call site
     """
     wished = count + holdout
     if config.source == "self":
-        windows = SelfText(source, vocabulary).write(config, wished, progress)
-        return _share_out(windows, count, holdout)
+        # apart: every method is verified on the same windows, however many it calibrates on
+        writer = SelfText(source, vocabulary)
+        return TokenWindows(
+            calibration=writer.write(config, count, progress),
+            heldout=writer.write(config, holdout, progress, held_out=True),
+        )
     path = Path(config.source).expanduser()
     pieces = _token_pieces(path, source)
     windows = cut_windows(pieces, wished, config.sequence_length, str(path))

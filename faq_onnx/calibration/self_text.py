@@ -41,7 +41,9 @@ class SelfText:
     source: SourceModel
     vocabulary: int
 
-    def write(self, config: CalibrationConfig, count: int, progress: Progress) -> _Tokens:
+    def write(
+        self, config: CalibrationConfig, count: int, progress: Progress, *, held_out: bool = False
+    ) -> _Tokens:
         """Sample windows at temperature 1, the same for the same seed.
 
         Every text starts with a token drawn from the vocabulary, behind a BOS where the
@@ -51,11 +53,14 @@ class SelfText:
             config: Sequence length and seed.
             count: Windows to write.
             progress: Shows one stage, in tokens.
+            held_out: Other windows than without, of the same seed.
 
         Returns:
             int64 [count, sequence_length].
         """
-        rng = np.random.default_rng(config.seed)
+        if count == 0:
+            return np.empty((0, config.sequence_length), np.int64)
+        rng = np.random.default_rng([config.seed, int(held_out)])
         per_window = -(-config.sequence_length // _TEXT_TOKENS)
         length = -(-config.sequence_length // per_window)
         prompts = _draw_prompts(self.source, self.vocabulary, count * per_window, rng)

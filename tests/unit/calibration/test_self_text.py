@@ -32,7 +32,7 @@ class _Count:
     @contextmanager
     def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
         assert (title, unit) == ("write calibration text", "token")
-        self.total = total
+        self.total += total
 
         def _advance(steps: float) -> None:
             self.done += steps
@@ -50,13 +50,18 @@ def source(tmp_path: Path) -> SourceModel:
 
 
 def _write(
-    source: SourceModel, *, seed: int = 0, length: int = 12, progress: Progress = SILENT
+    source: SourceModel,
+    *,
+    seed: int = 0,
+    length: int = 12,
+    count: int = 5,
+    progress: Progress = SILENT,
 ) -> TokenWindows:
     return load_corpus(
         CalibrationConfig(seed=seed, sequence_length=length),
         source=source,
         vocabulary=VOCABULARY,
-        count=5,
+        count=count,
         holdout=2,
         progress=progress,
     )
@@ -75,8 +80,19 @@ def test_windows_of_the_wished_size_the_same_for_the_same_seed(source: SourceMod
     assert (_write(source).calibration == windows.calibration).all()
     assert (_write(source, seed=1).calibration != windows.calibration).any()
     starts = _starts(windows)
-    assert len(set(starts.tolist())) == 7  # distinct texts, also in the held-out part
+    assert len(set(starts[:5].tolist())) == 5  # distinct texts, also in the held-out part
+    assert len(set(starts[5:].tolist())) == 2
     assert starts.max() < ORDINARY
+
+
+def test_held_out_windows_do_not_depend_on_how_many_are_calibrated_on(
+    source: SourceModel,
+) -> None:
+    found = [_write(source, count=count) for count in (0, 1, 5)]
+    for windows in found:
+        np.testing.assert_array_equal(windows.heldout, found[0].heldout)
+    assert len(found[0].calibration) == 0
+    assert not (found[2].calibration[:2] == found[2].heldout).all()
 
 
 def test_a_long_window_is_several_texts_in_several_batches(
@@ -89,8 +105,8 @@ def test_a_long_window_is_several_texts_in_several_batches(
     windows = _write(source, length=20, progress=count)  # 3 texts of 7 tokens, cut to 20
     assert windows.calibration.shape == (5, 20)
     assert count.done == count.total == 21 * 6
-    starts = np.concatenate([_starts(windows, column) for column in (0, 7, 14)])
-    assert len(set(starts.tolist())) == 21
+    starts = np.stack([_starts(windows, column) for column in (0, 7, 14)])
+    assert len(set(starts[:, :5].ravel().tolist())) == 15
 
 
 def test_a_bos_comes_first_where_the_tokenizer_wants_one(source: SourceModel) -> None:

@@ -83,7 +83,7 @@ def test_convert_prints_the_report_that_it_writes(
     assert report.totals.quantized_sites == 15
     assert report.verification is not None
     summary = (out / "summary.md").read_text(encoding="utf-8")
-    assert "FAQ 4-bit" in summary
+    assert "FAQ-GPTQ 4-bit" in summary
     assert "Worst sites" in summary
 
 
