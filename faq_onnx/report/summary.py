@@ -82,7 +82,7 @@ def summary_markdown(report: RunReport) -> str:
 def _head(report: RunReport) -> str:
     totals = report.totals
     return (
-        f"# {report.source}, {_method_name(report.config)} {report.config.bits}-bit\n\n"
+        f"# {report.source}, {_method_name(report.config)} {_width(report.config)}\n\n"
         f"Made by faq-onnx {report.faq_onnx}. "
         f"{format_bytes(totals.source_bytes)} became {format_bytes(totals.output_bytes)}, "
         f"{totals.bits_per_weight:.2f} bits per weight over all linear layers and embeddings."
@@ -93,9 +93,15 @@ def _method_name(config: QuantizeConfig) -> str:
     return config.method.value.upper()
 
 
+def _width(config: QuantizeConfig) -> str:
+    return f"{config.bits}-bit" if config.budget is None else f"under {config.budget}"
+
+
 def _done(report: RunReport) -> str:
     config, totals = report.config, report.totals
     form = "symmetric" if config.symmetric else "asymmetric"
+    if config.budget is not None and not config.symmetric:
+        form = "zero points where they pay"
     lines = [
         f"Model family: {report.family}",
         f"{totals.quantized_sites} linear layers quantized, {totals.float_sites} kept float",

@@ -52,6 +52,7 @@ def test_bits_per_weight(cli: Any, source: Path, tmp_path: Path) -> None:
     kls = [point.kl for point in found.curve]
     assert kls == sorted(kls, reverse=True)
     summary = (out / "summary.md").read_text(encoding="utf-8")
+    assert summary.splitlines()[0].endswith("FAQ-GPTQ under 4.6bpw")
     assert "## Budget 4.6bpw" in summary
     assert "| **chosen** |" in summary
     assert "nats/token." in summary
