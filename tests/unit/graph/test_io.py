@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 
 from faq_onnx.errors import CorruptModelError, PackageError, RewriteError, UnsupportedModelError
-from faq_onnx.graph.io import load_model, release_weights, save_model
+from faq_onnx.graph.io import load_model, release_weights, rest_bytes, save_model
+from faq_onnx.testing import TinyLlama, tiny_llama_onnx
 
 ROWS, COLUMNS = 32, 24
 
@@ -141,6 +142,18 @@ def test_lazy_tensor_of_another_size_is_a_rewrite_error(tmp_path: Path) -> None:
     )
     with pytest.raises(RewriteError, match=f"'w' wrote {ROWS * (COLUMNS + 1) * 4} bytes"):
         save_model(model, tmp_path / "model.onnx")
+
+
+def test_rest_of_a_file_is_what_some_weights_leave(tmp_path: Path) -> None:
+    """References stand for weights here, so it is a little more than what is in the file."""
+    model = tiny_llama_onnx(TinyLlama())
+    size = save_model(model, tmp_path / "model.onnx")
+    tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
+    large = {name: t.nbytes for name, t in tensors.items() if t is not None and t.nbytes >= 4096}
+    before = list(tensors.values())
+    assert size <= rest_bytes(model, set()) <= size + 100 * len(tensors)
+    assert rest_bytes(model, set(large)) == rest_bytes(model, set()) - sum(large.values())
+    assert [value.const_value for value in model.graph.initializers.values()] == before
 
 
 def test_source_is_not_overwritten(tmp_path: Path) -> None:
