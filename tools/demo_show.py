@@ -93,7 +93,7 @@ def side_by_side(prompt: str, left: Trial, right: Trial) -> str:
         agreement = f"the first {same} of {len(left.continuation)} tokens are the same"
     columns = min(shutil.get_terminal_size((100, 24)).columns, 120)
     head = f'"{prompt} ..." ({agreement})'
-    titles = (_title("float", left), _title("FAQ, 4 bits", right))
+    titles = (_title("float", left), _title("FAQ-GPTQ, 4 bits", right))
     if columns < NARROW:
         bodies = ["\n".join(_wrap(trial.text, columns)) for trial in (left, right)]
         return "\n\n".join((head, *(f"{t}\n{b}" for t, b in zip(titles, bodies, strict=True))))
@@ -109,13 +109,13 @@ def side_by_side(prompt: str, left: Trial, right: Trial) -> str:
 def what_next(folders: Mapping[str, Path]) -> str:
     """Where the models lie, and commands to go on with."""
     command = Path(sys.executable).with_name("faq-onnx")
-    model, package = folders["float"], folders["FAQ"]
+    model, package = folders["float"], folders["FAQ-GPTQ"]
     return "\n".join(
         [
             "The models:",
             *(f"  {name:<5}  {folder}" for name, folder in folders.items()),
             "",
-            f"What was done to the FAQ one, and how to run it: {package / 'summary.md'}",
+            f"What was done to the last one, and how to run it: {package / 'summary.md'}",
             "",
             "Next:",
             f"  {command} inspect {model}",

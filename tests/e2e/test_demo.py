@@ -16,7 +16,7 @@ from faq_onnx.artifacts.run import RunReport
 from faq_onnx.testing import write_tiny_llama
 
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
-PACKAGES = ("rtn-4bit", "awq-4bit", "faq-4bit")
+PACKAGES = ("rtn-4bit", "awq-4bit", "faq-gptq-4bit")
 SMALL = ("--samples", "4", "--sequence-length", "64", "--max-tokens", "8")
 
 
@@ -78,13 +78,13 @@ def test_all_methods_are_judged_on_the_same_prose_and_calibrated_alike(
     # 32-bit sums in onnxruntime come out alike in every run of one graph
     assert len(floats) == 1
     assert len({r.config.calibration for r in reports}) == 1
-    assert [r.config.method.value for r in reports] == ["rtn", "awq", "faq"]
+    assert [r.config.method.value for r in reports] == ["rtn", "awq", "faq-gptq"]
 
 
 def test_two_continuations_and_where_things_lie(
     first: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
-    assert " | FAQ, 4 bits (" in first.stdout
+    assert " | FAQ-GPTQ, 4 bits (" in first.stdout
     assert re.search(r"\((all|the first) \d+ (of 8 )?tokens are the same\)", first.stdout)
     for name in PACKAGES:
         assert f"  {folder / name}\n" in first.stdout
@@ -102,7 +102,7 @@ def test_second_run_takes_everything_from_the_first(
     assert again.stderr.count("taken from") == len(paths) == 4
     assert [path.stat().st_mtime_ns for path in paths] == before
     assert " | FAQ" not in again.stdout  # a narrow terminal: one above the other
-    assert "\nFAQ, 4 bits (" in again.stdout
+    assert "\nFAQ-GPTQ, 4 bits (" in again.stdout
 
 
 def test_ctrl_c_keeps_what_was_finished(source: Path, tmp_path: Path) -> None:
