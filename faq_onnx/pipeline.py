@@ -429,12 +429,15 @@ def _measure_sensitivity(
 
 
 def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
-    """Disk that calibration takes: Gram matrices, and hidden states of two layers."""
+    """Disk that calibration takes: Gram matrices, and hidden states of two layers.
+
+    The walk on the low-bit path keeps as much for each path: streams and one group's activations.
+    """
     named = set(groups)
     grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
     width = max((group.in_features for group in census.groups), default=0)
     tokens = windows.calibration.size + windows.heldout.size
-    return grams + 2 * 4 * width * tokens
+    return grams + 2 * 2 * 4 * width * tokens
 
 
 def _stream_bytes(census: ModelCensus, tokens: int) -> int:

@@ -33,6 +33,8 @@ __all__ = ["Halves", "PairedMoments", "PairedWalk", "Solve"]
 _SKIP_NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
 _KEEPS_ROWS = frozenset({"Reshape", "Cast", "Identity"})
 
+FEW_BATCHES = 4
+
 Array = npt.NDArray[np.float32]
 Accumulator = npt.NDArray[np.float64]
 
@@ -234,7 +236,7 @@ class PairedWalk:
     def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> Halves:
         sums = (_Sums.zeros(stop, self.census), _Sums.zeros(stop, self.census))
         biases = {name: self._bias(name) for name in stop.residuals}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             low = _rows(self._read(part, stop.value, batch, low_bit=True))
             float_path = None
             if len(stop.residuals) < len(stop.group.sites):
@@ -244,8 +246,7 @@ class PairedWalk:
                 after = _rows(self._float.get(place.after, batch.name))
                 before = _rows(self._read(part, place.before, batch, low_bit=True))
                 missing[name] = after - before - biases[name]
-            middle = len(low) // 2
-            for half, rows in zip(sums, (slice(middle), slice(middle, None)), strict=True):
+            for half, rows in zip(sums, _halves(len(low), number, len(batches)), strict=True):
                 ahead = None if float_path is None else float_path[rows]
                 half.add(low[rows], ahead, {name: m[rows] for name, m in missing.items()})
         self._check_finite(stop, sums[0].gram + sums[1].gram)
@@ -292,6 +293,8 @@ class _Sums:
         return cls(np.zeros((size, size)), np.zeros((size, size)), residual)
 
     def add(self, low: Array, ahead: Array | None, missing: Mapping[str, Array]) -> None:
+        if not len(low):
+            return
         self.gram += low.T @ low
         if ahead is not None:
             self.cross += (ahead - low).T @ low
@@ -307,6 +310,17 @@ class _Sums:
             {name: (total / count).astype(np.float32) for name, total in self.residual.items()},
             self.tokens,
         )
+
+
+def _halves(rows: int, batch: int, batches: int) -> tuple[slice, slice]:
+    """The rows of a batch that belong to each half of the tokens.
+
+    Batches go to the halves in turn, as large products cost less than small ones; few are split.
+    """
+    if batches < FEW_BATCHES:
+        return slice(rows // 2), slice(rows // 2, rows)
+    whole, nothing = slice(rows), slice(0)
+    return (nothing, whole) if batch % 2 else (whole, nothing)
 
 
 def _rows(array: npt.NDArray[np.generic]) -> Array:

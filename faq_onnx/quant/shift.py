@@ -69,7 +69,8 @@ def correction(halves: tuple[Miss, Miss], ridges: Sequence[float] = RIDGES) -> M
             best, strength, least = ridge, wish, gain
     if best is None:
         return np.zeros_like(one.missing)
-    whole = Miss((one.gram + other.gram) / 2, (one.missing + other.missing) / 2)
+    half = np.float32(0.5)
+    whole = Miss(half * (one.gram + other.gram), half * (one.missing + other.missing))
     return np.float32(strength) * damped_correction(whole, best)
 
 
