@@ -484,7 +484,6 @@ def test_settings_of_the_low_bit_path_change_the_result(
         "float path": ("--path", "float"),
         "no correction": ("--no-correct",),
         "more damping": ("--damping", "0.5"),
-        "all windows": ("--path-share", "1"),
         "clipped": ("--grid", "clip"),
         "nearest": ("--rounding", "nearest"),
     }
