@@ -41,7 +41,7 @@ METHODS = (Method.RTN, Method.AWQ, Method.FAQ_GPTQ)  # AWQ leaves its statistics
 PROMPT = "The most important thing to know about the ocean is that"
 EXIT_INTERRUPTED = 130
 LATTICE = """\
-So few tokens tell RTN from the others, not AWQ from FAQ; docs/quality.md has more. And the
+So few tokens rank methods roughly; docs/quality.md has more, with their error. And the
 weights in this GGUF were 4-bit numbers (Q4_1) before they became the float model. What is left
 of that lattice makes 4-bit errors look smaller than on a model that was never quantized, so
 docs/quality.md measures on a copy with permuted channels: same function, no lattice."""

@@ -160,7 +160,8 @@ def _path(config: QuantizeConfig) -> str:
     if config.axes.path == "float":
         return "the float model"
     made_up = "each site makes up for errors before it" if rounding.correct else "not made up for"
-    return f"the model quantized so far ({config.path_share:.0%} of the windows); {made_up}"
+    share = "all" if config.path_share == 1 else f"at least {config.path_share:.0%}"
+    return f"the model quantized so far ({share} of the windows); {made_up}"
 
 
 def _quality(verification: VerificationReport | None) -> str:
