@@ -247,10 +247,17 @@ class _Bench:
             if plan is None:
                 continue
             weight = self.opened.read(self.opened.census.site(name))
-            own = moments
+            target = None
             if targets is not None and looks_at_activations(plan):
-                own = moments.with_target(targets.of(name, weight))
-            result = self._quantize(plan, weight, own, workers=thread_count())
+                target = targets.of(name, weight)
+            result = quantize_weight(
+                weight,
+                plan,
+                moments,
+                target=target,
+                scale_dtype=_scale_dtype(self.opened.census.site(name).dtype),
+                workers=thread_count(),
+            )
             self._keep(plan, result)
             found[name] = dequantize_weight(result.weight)
         return found
@@ -266,7 +273,9 @@ class _Bench:
         def quantize_one(plan: SitePlan) -> QuantizedSite:
             gram = _gram(groups[plan.site], self.planned, self.stats)
             moments = None if gram is None else SiteMoments(gram, config.rounding.damping)
-            return self._quantize(plan, self.opened.read(sites[plan.site]), moments)
+            site = sites[plan.site]
+            dtype = _scale_dtype(site.dtype)
+            return quantize_weight(self.opened.read(site), plan, moments, scale_dtype=dtype)
 
         if not plans:
             return
@@ -275,16 +284,6 @@ class _Bench:
                 self._keep(plan, result)
                 site = sites[plan.site]
                 advance(site.in_features * site.out_features / 1e6)
-
-    def _quantize(
-        self,
-        plan: SitePlan,
-        weight: npt.NDArray[np.float32],
-        moments: SiteMoments | None,
-        workers: int = 1,
-    ) -> QuantizedSite:
-        dtype = _scale_dtype(self.opened.census.site(plan.site).dtype)
-        return quantize_weight(weight, plan, moments, scale_dtype=dtype, workers=workers)
 
     def _keep(self, plan: SitePlan, result: QuantizedSite) -> None:
         self.store.put(plan.site, result.weight)

@@ -53,24 +53,15 @@ class SiteMoments:
     Attributes:
         gram: E[x^T x] of the activations that the weight will meet, float32 [K, K].
         damping: Ridge of GPTQ, relative to the mean of the diagonal.
-        target: What to round instead of the weight itself, float32 [N, K]: shifted to make up for
-            errors that came before.
     """
 
     gram: Array
     damping: float = 0.01
-    target: Array | None = None
 
     @functools.cached_property
     def factor(self) -> GramFactor:
         """For GPTQ."""
         return GramFactor.of(self.gram, self.damping)
-
-    def with_target(self, target: Array) -> SiteMoments:
-        """The same activations, another target; the factor is shared."""
-        other = dataclasses.replace(self, target=target)
-        other.__dict__["factor"] = self.factor
-        return other
 
     def block_grams(self, block_size: int) -> Array:
         """Diagonal blocks, float32 [k_blocks, block, block]."""
@@ -93,11 +84,12 @@ class QuantizedSite:
     sqnr_db: float
 
 
-def quantize_weight(
+def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     weight: Array,
     plan: SitePlan,
     moments: SiteMoments | None = None,
     *,
+    target: Array | None = None,
     scale_dtype: npt.DTypeLike = np.float32,
     workers: int = 1,
 ) -> QuantizedSite:
@@ -108,6 +100,8 @@ def quantize_weight(
         plan: Format, grid and rounding.
         moments: Of the activations that this weight will meet; without them grid and rounding
             must not need any.
+        target: What to round instead of the weight itself, float32 [N, K]: shifted to make up for
+            errors that came before.
         scale_dtype: Dtype in which scales are stored: that of the model's activations.
         workers: Threads; rows are shared out among them.
 
@@ -122,9 +116,10 @@ def quantize_weight(
         )
         raise PlanError(msg)
 
+    wished = weight if target is None else target
+
     def quantize(rows: slice) -> _Rows:
-        target = weight if moments is None or moments.target is None else moments.target
-        return _quantize_rows(weight[rows], target[rows], plan, moments, scale_dtype)
+        return _quantize_rows(weight[rows], wished[rows], plan, moments, scale_dtype)
 
     shares = row_shares(len(weight), workers)
     if workers > 1:
