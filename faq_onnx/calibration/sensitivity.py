@@ -25,13 +25,13 @@ import onnxruntime as ort
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.sensitivity import Perturbation, Sensitivity
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus, WeightLayout
-from faq_onnx.calibration.divergence import ReferenceDistribution
 from faq_onnx.calibration.hidden import HiddenStore
 from faq_onnx.errors import CalibrationError, UnsupportedModelError
 from faq_onnx.graph.cut import Part, extract_part
 from faq_onnx.graph.io import release_weights, save_model
 from faq_onnx.graph.weights import find_initializer, read_initializer
 from faq_onnx.progress import SILENT, Advance, Progress
+from faq_onnx.quant.divergence import ShiftedLogits, pieces
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
 
@@ -198,7 +198,7 @@ class _Runner:
             self.advance(1)
             for stream in streams:
                 found = self._run(session, [_Unit(stream, window)])[logits[0]]
-                totals[stream] += reference.kl(found, stream)
+                totals[stream] += _summed_kl(reference, found, stream)
                 self.advance(1)
         if weights:
             opened = self._expose(weights, logits)
@@ -208,13 +208,13 @@ class _Runner:
                 for window in range(len(self.windows)):
                     reference = self._reference(session, window)
                     found = self._run(opened.session, [_Unit(FLOAT, window)], changed)[logits[0]]
-                    totals[weight.name] += reference.kl(found, weight.name)
+                    totals[weight.name] += _summed_kl(reference, found, weight.name)
                     self.advance(1)
         return {name: total / self.windows.size for name, total in totals.items()}
 
-    def _reference(self, session: ort.InferenceSession, window: int) -> ReferenceDistribution:
+    def _reference(self, session: ort.InferenceSession, window: int) -> ShiftedLogits:
         results = self._run(session, [_Unit(FLOAT, window)])
-        return ReferenceDistribution.of(results[self.part.outputs[-1]])
+        return _shift(_flat(results[self.part.outputs[-1]]), "the float model")
 
     def _groups(self, streams: Sequence[str]) -> Iterator[list[_Unit]]:
         """Windows of streams, a power of two at a time: constants are kept for these sizes."""
@@ -350,3 +350,21 @@ class _Exposed:
             values = values.T
         array = np.ascontiguousarray(values, dtype=stored.dtype).reshape(stored.shape)
         return {**self.given, weight.weight: array}
+
+
+def _summed_kl(reference: ShiftedLogits, logits: Array, whose: str) -> float:
+    """Sum over positions of KL(reference || logits), nats; in pieces."""
+    flat = _flat(logits)
+    return sum(
+        float(reference.rows(piece).kl(_shift(flat[piece], whose)).sum())
+        for piece in pieces(*flat.shape)
+    )
+
+
+def _flat(logits: Array) -> Array:
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _shift(logits: Array, whose: str) -> ShiftedLogits:
+    way_out = "the model overflows on this text: check it in float32, or calibrate on other text"
+    return ShiftedLogits.of(logits, whose=f"logits of {whose}", way_out=way_out)

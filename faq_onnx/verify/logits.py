@@ -10,38 +10,22 @@ import numpy.typing as npt
 
 from faq_onnx.artifacts.verification import LogitMetrics
 from faq_onnx.errors import NonFiniteError, VerificationError
+from faq_onnx.quant.divergence import ShiftedLogits, pieces
 
 __all__ = ["LogitComparison"]
 
 Floats = npt.NDArray[np.floating]
 
-# Elements of a piece: two float32 work arrays of 8 MB each, near enough to the caches.
-PIECE_ELEMENTS = 1 << 21
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shifted:
-    """Logits of a piece, minus each row's maximum.
-
-    Attributes:
-        values: float32 [positions, vocabulary], the largest of each row 0.
-        exponentials: exp(values).
-        log_sums: float64 [positions], log(sum(exponentials)).
-        best: Token of the largest logit, int64 [positions].
-    """
-
-    values: npt.NDArray[np.float32]
-    exponentials: npt.NDArray[np.float32]
-    log_sums: npt.NDArray[np.float64]
-    best: npt.NDArray[np.int64]
+# What to do about logits that are not finite, by the model they are of.
+WAYS_OUT = {
+    "source": "it overflows on this text: check it in float32, or verify on other text",
+    "quantized": "try more bits, or --accuracy-level 0",
+}
 
 
 @dataclasses.dataclass
 class LogitComparison:
-    """Sums over any number of windows; `metrics` gives the means.
-
-    Exponentials are taken in float32 on shifted logits, everything is summed in float64.
-    """
+    """Sums over any number of windows; `metrics` gives the means."""
 
     _positions: int = 0
     _predictions: int = 0
@@ -68,11 +52,9 @@ class LogitComparison:
                 f"belong to the same model and tokens {list(input_ids.shape)}"
             )
             raise VerificationError(msg)
-        step = max(1, PIECE_ELEMENTS // logits.shape[2])
         for ids, reference, quantized in zip(input_ids, float_logits, logits, strict=True):
-            for start in range(0, len(ids), step):
-                piece = slice(start, start + step)
-                following = ids[start + 1 : start + step + 1]
+            for piece in pieces(len(ids), logits.shape[2]):
+                following = ids[piece.start + 1 : piece.stop + 1]
                 self._add_piece(following, reference[piece], quantized[piece])
 
     def metrics(self) -> LogitMetrics:
@@ -107,28 +89,8 @@ class LogitComparison:
         rows = np.arange(len(following))
         self._loss_float += float((p.log_sums[rows] - p.values[rows, following]).sum())
         self._loss += float((q.log_sums[rows] - q.values[rows, following]).sum())
-        # KL = sum_v p_v (log p_v - log q_v), with log p_v = values - log_sums
-        difference = np.subtract(p.values, q.values, out=q.values)
-        np.multiply(difference, p.exponentials, out=difference)
-        weighted = difference.sum(axis=1, dtype=np.float64) / np.exp(p.log_sums)
-        self._kl += float((weighted - p.log_sums + q.log_sums).sum())
+        self._kl += float(p.kl(q).sum())
 
 
-def _shift(logits: Floats, whose: str) -> _Shifted:
-    best = logits.argmax(axis=1)
-    largest = logits[np.arange(len(best)), best]
-    # argmax stops at the first NaN, so the largest shows it
-    if not np.isfinite(largest).all():
-        bad = int((~np.isfinite(largest)).sum())
-        way_out = {
-            "source": "it overflows on this text: check it in float32, or verify on other text",
-            "quantized": "try more bits, or --accuracy-level 0",
-        }[whose]
-        raise NonFiniteError(
-            f"the {whose} model's logits are not finite at {bad} of {len(largest)} positions; "
-            f"{way_out}"
-        )
-    values = np.subtract(logits, largest[:, np.newaxis], dtype=np.float32)
-    exponentials = np.exp(values)
-    log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64))
-    return _Shifted(values, exponentials, log_sums, best)
+def _shift(logits: Floats, whose: str) -> ShiftedLogits:
+    return ShiftedLogits.of(logits, whose=f"the {whose} model's logits", way_out=WAYS_OUT[whose])

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from faq_onnx.errors import NonFiniteError, VerificationError
-from faq_onnx.verify import logits as logits_module
+from faq_onnx.quant import divergence
 from faq_onnx.verify.logits import LogitComparison
 
 Logits = npt.NDArray[np.float32]
@@ -52,7 +52,7 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, reference, quantized = _pair()
     whole, pieces = LogitComparison(), LogitComparison()
     whole.add(reference, quantized, ids)
-    monkeypatch.setattr(logits_module, "PIECE_ELEMENTS", 4 * 50)
+    monkeypatch.setattr(divergence, "PIECE_ELEMENTS", 4 * 50)
     for row in range(2):
         pieces.add(reference[row : row + 1], quantized[row : row + 1], ids[row : row + 1])
     first, second = whole.metrics(), pieces.metrics()
