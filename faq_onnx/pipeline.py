@@ -11,28 +11,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from faq_onnx import checks, run_report, stages
+from faq_onnx import budget_stages, checks, run_report, stages
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
-from faq_onnx.artifacts.sensitivity import Sensitivities
 from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import VerificationReport
-from faq_onnx.calibration.collect import Collector, corpus_fingerprint
+from faq_onnx.calibration.collect import Collector
 from faq_onnx.calibration.corpus import TokenWindows, load_corpus
-from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.calibration.walk import ReferenceLogits
+from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.errors import ConfigError, PackageError
+from faq_onnx.errors import PackageError
 from faq_onnx.export import resolve_source
-from faq_onnx.graph.io import INLINE_LIMIT_BYTES, save_model
-from faq_onnx.planning.budget import BudgetKind, parse_budget
+from faq_onnx.graph.io import save_model
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
-from faq_onnx.planning.mixed import COARSE_NAME, CoarseRounding
 from faq_onnx.planning.planner import (
     PlannedModel,
     check_statistics,
@@ -55,7 +49,6 @@ __all__ = [
     "convert",
     "export",
     "inspect",
-    "path_windows",
     "plan",
     "preview",
     "verify",
@@ -64,9 +57,6 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 GENERATION_STEPS = 16
-SENSITIVITY_NAME = "sensitivity.json"
-# For the choice of channel scales where rounding has a walk of its own; the least for the walk.
-SCALE_TOKENS = 16_384
 _AXES = ("grid", "rounding", "path")
 
 
@@ -134,7 +124,7 @@ def preview(
     source: str, config: QuantizeConfig, *, progress: Progress = SILENT
 ) -> tuple[tuple[SiteRow, ...], tuple[EmbeddingRow, ...], Totals]:
     """The formats that `convert` would use, without running the model."""
-    _check_budget(config)
+    budget_stages.check_budget(config)
     if config.budget is not None:
         progress.note(
             f"--dry-run does not run the model, and --budget {config.budget} would have to: these "
@@ -191,7 +181,7 @@ def plan(  # noqa: PLR0913 - one argument per input of the stage
     force: bool = False,
 ) -> QuantPlan:
     """Decide formats and channel scales, and write them to a folder for `apply`."""
-    _check_budget(config)
+    budget_stages.check_budget(config)
     with OutputFolder(output, None, force) as out, _work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
         planned = _plan(opened, config, _open_stats(stats, opened), progress)
@@ -255,34 +245,6 @@ def verify(
     return checks.verify_file(path, logits, (), None, progress)
 
 
-def path_windows(
-    config: QuantizeConfig, windows: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64] | None:
-    """The calibration windows that walk the low-bit path, spread over all; None: no walk."""
-    if config.axes.path == "float" or not config.axes.calibrates:
-        return None
-    fewest = -(-SCALE_TOKENS // windows.shape[1])  # a share of a small corpus would be too few
-    return _spread(windows, max(round(config.path_share * len(windows)), fewest))
-
-
-def scale_windows(config: QuantizeConfig, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The calibration windows whose statistics the channel scales are chosen by.
-
-    All of them where grids and rounding look at the same statistics. Where these walk the low-bit
-    path, the scales' exponents need far fewer tokens than a rounding does.
-    """
-    if config.axes.path == "float":
-        return windows
-    return _spread(windows, -(-SCALE_TOKENS // windows.shape[1]))
-
-
-def _spread(windows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """`count` of the windows, at least 1, evenly spaced."""
-    count = min(max(count, 1), len(windows))
-    picked = np.linspace(0, len(windows) - 1, count).round().astype(np.intp)
-    return windows[picked]
-
-
 def _plain(config: QuantizeConfig) -> QuantizeConfig:
     """The same formats with nothing that would have to run the model."""
     plain = {
@@ -302,19 +264,6 @@ def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
     return plan.config.model_copy(update=anew)
 
 
-def _check_budget(config: QuantizeConfig) -> None:
-    """Refuse a wrong budget before anything is read."""
-    if config.budget is None:
-        return
-    budget = parse_budget(config.budget)
-    if budget.kind is BudgetKind.KL and budget.limit > config.verify.max_kl:
-        msg = (
-            f"--budget {budget} allows more than --max-kl {config.verify.max_kl:g}, so its result "
-            "would be refused; ask for less, or raise --max-kl"
-        )
-        raise ConfigError(msg)
-
-
 def _plan(
     opened: stages.OpenedModel,
     config: QuantizeConfig,
@@ -323,25 +272,11 @@ def _plan(
 ) -> PlannedModel:
     if config.budget is None or stats is None:
         return make_plan(opened.census, config, stats, opened.read, progress)
-    sensitivities = Sensitivities.open(
-        stats.folder / SENSITIVITY_NAME, model_fingerprint=opened.fingerprint
-    )
-    budget = parse_budget(config.budget)
-    large = budget.kind is BudgetKind.BYTES and budget.limit >= INLINE_LIMIT_BYTES
-    return make_plan(
-        opened.census,
-        config,
-        stats,
-        opened.read,
-        progress,
-        sensitivities=sensitivities,
-        read_table=opened.read_table,
-        other_bytes=opened.other_bytes(external=config.external_data or large),
-    )
+    return budget_stages.plan_under_budget(opened, config, stats, progress)
 
 
 def _open(run: _Run, source: str) -> stages.OpenedModel:
-    _check_budget(run.config)
+    budget_stages.check_budget(run.config)
     with run.timed("open"):
         opened = stages.open_model(source, run.work, run.progress)
         formats = plan_sites(opened.census, run.config)  # a wrong wish fails here, not in an hour
@@ -384,7 +319,7 @@ def _calibrate(
     groups = needs_statistics(opened.census, run.config)
     room = _work_bytes(opened.census, windows, groups)
     if run.config.budget is not None:
-        room += _stream_bytes(opened.census, sensitivity_windows(windows.calibration).size)
+        room += budget_stages.stream_bytes(opened.census, windows.calibration)
     check_free_space(run.work, room)
     with run.timed("calibrate"):
         stats, reference = _collector(run, opened).collect(
@@ -395,37 +330,10 @@ def _calibrate(
         )
     if run.config.budget is not None:
         with run.timed("measure sensitivity"):
-            _measure_sensitivity(run, opened, stats, windows.calibration)
+            budget_stages.measure_sensitivity(
+                opened, stats, windows.calibration, run.work, run.progress
+            )
     return stats, reference
-
-
-def _measure_sensitivity(
-    run: _Run,
-    opened: stages.OpenedModel,
-    stats: CalibrationStats,
-    calibration: npt.NDArray[np.int64],
-) -> None:
-    """Write what each weight's error does to the logits beside the statistics."""
-    windows = sensitivity_windows(calibration)
-    path = stats.folder / SENSITIVITY_NAME
-    corpus = corpus_fingerprint(windows)
-    identity = (opened.fingerprint, corpus, stats.manifest.corpus_fingerprint)
-    wanted = Sensitivities(
-        model_fingerprint=opened.fingerprint,
-        corpus_fingerprint=fingerprint_bytes("|".join(identity).encode()),
-        perturbation=COARSE_NAME,
-        tokens=windows.size,
-        entries=(),
-    )
-    if path.is_file() and Sensitivities.load(path).model_copy(update={"entries": ()}) == wanted:
-        run.progress.note(f"taking the sensitivities in {path}")
-        return
-    folder = run.work / "sensitivity"
-    coarse = CoarseRounding(opened.census, stats, opened.read, opened.read_table, windows)
-    walk = SensitivityWalk(opened.model, opened.census, _collector(run, opened).parts(), folder)
-    entries = walk.run(windows, coarse, run.progress)
-    wanted.model_copy(update={"entries": entries}).save(path)
-    shutil.rmtree(folder)
 
 
 def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
@@ -438,13 +346,6 @@ def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -
     width = max((group.in_features for group in census.groups), default=0)
     tokens = windows.calibration.size + windows.heldout.size
     return grams + 2 * 2 * 4 * width * tokens
-
-
-def _stream_bytes(census: ModelCensus, tokens: int) -> int:
-    """Disk for the hidden states of two layers, once for each weight that is perturbed."""
-    weights = len(census.sites) + len(census.embeddings)
-    width = max((table.width for table in census.embeddings), default=0)
-    return 2 * 4 * width * tokens * weights
 
 
 def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it

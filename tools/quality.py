@@ -27,9 +27,9 @@ from faq_onnx.analysis import canonicalise
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector
 from faq_onnx.calibration.walk import ReferenceLogits
+from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import CalibrationConfig, QuantizeConfig
 from faq_onnx.graph.io import load_model, save_model
-from faq_onnx.pipeline import path_windows, scale_windows
 from faq_onnx.planning.planner import PlannedModel, make_plan
 from faq_onnx.progress import SILENT, Progress
 

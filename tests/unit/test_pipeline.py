@@ -13,7 +13,6 @@ from faq_onnx.config import (
     CalibrationConfig,
     Method,
     QuantizeConfig,
-    RoundingConfig,
     ScaleConfig,
     VerifyConfig,
 )
@@ -141,33 +140,3 @@ def test_onnx_is_not_exported(source: Path, tmp_path: Path) -> None:
 def test_verify_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="no such file"):
         pipeline.verify(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("config", "scales", "walk"),
-    [
-        (QuantizeConfig(method=Method.AWQ), 128, None),
-        (QuantizeConfig(method=Method.FAQ_GPTQ), 32, 77),
-        (QuantizeConfig(method=Method.BEST), 32, 128),
-        (QuantizeConfig(rounding=RoundingConfig(path="float")), 128, None),
-        (QuantizeConfig(rounding=RoundingConfig(path_share=0.01)), 32, 32),
-    ],
-    ids=["awq", "default", "best", "float path", "no less than scales see"],
-)
-def test_windows_for_scales_and_for_the_walk(
-    config: QuantizeConfig, scales: int, walk: int | None
-) -> None:
-    windows = np.arange(128)[:, np.newaxis] * np.ones(512, np.int64)
-    assert len(pipeline.scale_windows(config, windows)) == scales
-    found = pipeline.path_windows(config, windows)
-    assert (None if found is None else len(found)) == walk
-    if found is not None:  # spread over the corpus, each once
-        assert (found[0, 0], found[-1, 0]) == (0, 127)
-        assert len(np.unique(found[:, 0])) == walk
-
-
-def test_a_small_corpus_walks_whole() -> None:
-    windows = np.zeros((5, 64), np.int64)
-    found = pipeline.path_windows(QuantizeConfig(), windows)
-    assert found is not None
-    assert len(found) == len(pipeline.scale_windows(QuantizeConfig(), windows)) == 5

@@ -1,0 +1,39 @@
+"""How many windows the channel scales and the low-bit path look at, and which."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from faq_onnx.calibration.windows import path_windows, scale_windows
+from faq_onnx.config import Method, QuantizeConfig, RoundingConfig
+
+
+@pytest.mark.parametrize(
+    ("config", "scales", "walk"),
+    [
+        (QuantizeConfig(method=Method.AWQ), 128, None),
+        (QuantizeConfig(method=Method.FAQ_GPTQ), 32, 77),
+        (QuantizeConfig(method=Method.BEST), 32, 128),
+        (QuantizeConfig(rounding=RoundingConfig(path="float")), 128, None),
+        (QuantizeConfig(rounding=RoundingConfig(path_share=0.01)), 32, 32),
+    ],
+    ids=["awq", "default", "best", "float path", "no less than scales see"],
+)
+def test_windows_for_scales_and_for_the_walk(
+    config: QuantizeConfig, scales: int, walk: int | None
+) -> None:
+    windows = np.arange(128)[:, np.newaxis] * np.ones(512, np.int64)
+    assert len(scale_windows(config, windows)) == scales
+    found = path_windows(config, windows)
+    assert (None if found is None else len(found)) == walk
+    if found is not None:  # spread over the corpus, each once
+        assert (found[0, 0], found[-1, 0]) == (0, 127)
+        assert len(np.unique(found[:, 0])) == walk
+
+
+def test_a_small_corpus_walks_whole() -> None:
+    windows = np.zeros((5, 64), np.int64)
+    found = path_windows(QuantizeConfig(), windows)
+    assert found is not None
+    assert len(found) == len(scale_windows(QuantizeConfig(), windows)) == 5
