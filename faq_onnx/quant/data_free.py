@@ -66,10 +66,7 @@ def hqq_grid(
 
 
 def k_quant_grid(
-    blocks: Floats,
-    fmt: BlockFormat,
-    scale_dtype: npt.DTypeLike = np.float32,
-    importance: Floats | None = None,
+    blocks: Floats, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
 ) -> BlockGrid:
     """llama.cpp's k-quants on one level: weighted least squares over several roundings.
 
@@ -78,27 +75,19 @@ def k_quant_grid(
     make_qkx3_quants; symmetric: make_qx_quants, which has no minimum). Here the minimum is
     -scale * zero point: each is rounded to that, and its scale fitted again, before it is judged.
     onnxruntime's k_quant rounds only the winner, which at 4 bits costs more than the fit gains.
-    No block is worse than on its min-max grid, by the same weights.
+    A squared error weighs sqrt(mean(w^2)) + |w|, and by these weights no block is worse than on
+    its min-max grid. Padding of a ragged end counts as weights of 0.
 
     Args:
         blocks: float32 [N, k_blocks, block].
         fmt: Levels.
         scale_dtype: Dtype in which scales are stored.
-        importance: E[x^2] per input channel, float32 [K], K up to k_blocks * block; weighs a
-            channel by importance * sqrt(2 mean(w^2) + w^2). Without it, by
-            sqrt(mean(w^2)) + |w|, and padding of a ragged end counts as weights of 0.
     """
-    k_blocks, block_size = blocks.shape[1:]
-    channels = None
-    if importance is not None:
-        padded = np.zeros(k_blocks * block_size, np.float32)
-        padded[: len(importance)] = importance
-        channels = padded.reshape(k_blocks, block_size, 1)
     scale = np.empty(blocks.shape[:-1], np.float32)
     zero_point = np.full(scale.shape, 1 << (fmt.storage_bits - 1), np.float32)
     highest = np.float32((1 << fmt.code_bits) - 1)
     for rows, block, columns in _chunks(blocks):
-        weights = _k_weights(columns, None if channels is None else channels[block])
+        weights = np.sqrt(np.mean(np.square(columns), axis=0)) + np.abs(columns)
         if fmt.symmetric:
             fitted = _fit_scale(columns, weights, (highest + 1) / 2)
             scale[rows, block] = storable_scale(fitted, scale_dtype)
@@ -139,18 +128,6 @@ def _hqq_zero(columns: Floats, scale: Floats, highest: np.float32) -> Floats:
             break
         beta *= HQQ_KAPPA
     return zero
-
-
-def _k_weights(columns: Floats, importance: Floats | None) -> Floats:
-    """Weight of each squared error: float32 [block, rows]."""
-    squares = np.square(columns)
-    mean = np.mean(squares, axis=0)
-    plain: Floats = np.sqrt(mean) + np.abs(columns)
-    if importance is None:
-        return plain
-    weighted = importance * np.sqrt(2 * mean + squares)
-    result: Floats = np.where(weighted.any(axis=0), weighted, plain)
-    return result
 
 
 def _fit_scale_and_zero(

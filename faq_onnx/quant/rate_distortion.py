@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["component_energies", "gaussian_distortion", "gaussian_rate", "water_level"]
+__all__ = ["component_energies", "gaussian_rate", "water_level"]
 
 Energies = npt.NDArray[np.float64]
 
@@ -67,8 +67,3 @@ def gaussian_rate(energies: Energies, distortion: float) -> float:
     level = water_level(energies, distortion)
     over = energies[energies > level]
     return float(np.log2(over / level).sum() / (2 * len(energies)))
-
-
-def gaussian_distortion(energies: Energies, level: float) -> float:
-    """D(theta) of a water level."""
-    return float(np.minimum(energies, level).mean())

@@ -9,7 +9,7 @@ import pytest
 from faq_onnx.errors import UnsupportedFormatError
 from faq_onnx.quant.data_free import hqq_grid, k_quant_grid
 from faq_onnx.quant.formats import block_format
-from faq_onnx.quant.uniform import BlockGrid, dequantize, fake_quantize, minmax_grid, round_to_grid
+from faq_onnx.quant.uniform import BlockGrid, fake_quantize, minmax_grid
 
 Array = npt.NDArray[np.float32]
 
@@ -86,28 +86,3 @@ def test_k_quants_come_near_the_best_grid(
     total = _weighted(blocks, found, weights).sum()
     assert 0.98 * best.sum() <= total <= 1.2 * best.sum()
     assert total < 0.97 * _weighted(blocks, plain, weights).sum()
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_important_channels_are_met_better(symmetric: bool, rng: np.random.Generator) -> None:
-    fmt = block_format(3, 16, symmetric=symmetric)
-    blocks = rng.standard_t(3, size=(50, 2, 16)).astype(np.float32)
-    importance = np.ones(30, np.float32)  # a ragged end
-    importance[::5] = 100
-    blocks[:, -1, 14:] = 0
-    delta = [
-        (dequantize(round_to_grid(blocks, grid, fmt), grid) - blocks).reshape(50, -1)[:, :30]
-        for grid in (k_quant_grid(blocks, fmt), k_quant_grid(blocks, fmt, importance=importance))
-    ]
-    plain, weighted = (np.square(d)[:, ::5].sum() for d in delta)
-    assert weighted < 0.7 * plain
-
-
-def test_dead_channels_do_not_stop_a_fit() -> None:
-    """A block whose channels all have importance 0 is fitted as without importance."""
-    blocks = np.random.default_rng(1).normal(size=(5, 1, 16)).astype(np.float32)
-    fmt = block_format(4, 16, symmetric=False)
-    found = k_quant_grid(blocks, fmt, importance=np.zeros(16, np.float32))
-    plain = k_quant_grid(blocks, fmt)
-    np.testing.assert_array_equal(found.scale, plain.scale)
-    np.testing.assert_array_equal(found.zero_point, plain.zero_point)
