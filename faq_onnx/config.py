@@ -143,8 +143,10 @@ class RoundingConfig(_Section):
     """Share of the calibration windows that walks the low-bit path; by default 0.6, and all for
     best.
     """
-    damping: Annotated[float, Field(ge=0.0)] = 0.01
-    """Ridge of GPTQ, relative to the mean of the Gram matrix's diagonal."""
+    shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """How far the Gram matrix of grids and rounding is drawn to its diagonal: more, where texts of
+    the application may differ from the calibration's.
+    """
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""
 

@@ -239,7 +239,7 @@ class _Bench:
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Quantize the sites of one group; what the low-bit path goes on with."""
         config = self.planned.plan.config or QuantizeConfig()
-        moments = SiteMoments(PairedMoments.mean(halves).gram, config.rounding.damping)
+        moments = SiteMoments(PairedMoments.mean(halves).gram, config.rounding.shrinkage)
         targets = _Targets(halves) if config.rounding.correct else None
         found = {}
         for name in group.sites:
@@ -272,7 +272,7 @@ class _Bench:
 
         def quantize_one(plan: SitePlan) -> QuantizedSite:
             gram = _gram(groups[plan.site], self.planned, self.stats)
-            moments = None if gram is None else SiteMoments(gram, config.rounding.damping)
+            moments = None if gram is None else SiteMoments(gram, config.rounding.shrinkage)
             site = sites[plan.site]
             dtype = _scale_dtype(site.dtype)
             return quantize_weight(self.opened.read(site), plan, moments, scale_dtype=dtype)

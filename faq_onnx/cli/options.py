@@ -8,7 +8,7 @@ import enum
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -95,7 +95,7 @@ ROUNDING = Group(
         "rounding.rounding": ("--rounding",),
         "rounding.path": ("--path",),
         "rounding.path_share": ("--path-share",),
-        "rounding.damping": ("--damping",),
+        "rounding.shrinkage": ("--shrinkage",),
         "rounding.correct": ("--correct", "--no-correct"),
     },
 )
@@ -250,9 +250,9 @@ def _shown(default: object) -> str:
 def _choices(annotation: Any) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return [str(member.value) for member in annotation]
-    inner = [kind for kind in get_args(annotation) if kind is not type(None)]
-    if inner == [str]:  # str | None
-        return []
+    if (optional := _optional(annotation)) is not None:
+        return _choices(optional)
+    inner = get_args(annotation)
     if len(inner) == 2 and inner[1] is Ellipsis:
         return _choices(inner[0])
     return [str(value) for value in inner]
@@ -265,7 +265,15 @@ def _metavar(field: FieldInfo, *, many: bool) -> str:
     if many:
         return "PATTERN"
     names: dict[object, str] = {int: "N", float: "X", str | None: "3.0bpw|80MB|kl<=0.05"}
-    return names.get(field.annotation, "WHERE")
+    return names.get(field.annotation) or names.get(_optional(field.annotation), "WHERE")
+
+
+def _optional(annotation: Any) -> Any | None:
+    """X of `X | None`, without what limits it; None of anything else."""
+    kinds = get_args(annotation)
+    if len(kinds) != 2 or kinds[1] is not type(None):
+        return None
+    return kinds[0].__origin__ if get_origin(kinds[0]) is Annotated else kinds[0]
 
 
 def _is_numeric(field: FieldInfo) -> bool:

@@ -271,7 +271,7 @@ class MixedPlanner:
         weight = self.read_weight(site)
         rows = _spread_rows(weight)
         gram = _gram(self.stats, self.census, site.name)
-        moments = None if gram is None else SiteMoments(gram, self.config.rounding.damping)
+        moments = None if gram is None else SiteMoments(gram, self.config.rounding.shrinkage)
         table = self._sharing().get(site.name)
         per_error = self.sensitivities.per_error()
         candidates = []

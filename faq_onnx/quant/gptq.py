@@ -13,15 +13,12 @@ errors, so nothing but the errors is kept and no rank-1 update passes over the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.errors import CalibrationError, NonFiniteError
-from faq_onnx.quant.objective import output_energy
 from faq_onnx.quant.uniform import (
     HALF,
     BlockGrid,
@@ -32,10 +29,7 @@ from faq_onnx.quant.uniform import (
 )
 
 __all__ = [
-    "DAMPINGS",
-    "DampedCodes",
     "GramFactor",
-    "choose_damping",
     "keep_better_rows",
     "round_gptq",
     "weight_error",
@@ -45,7 +39,7 @@ Matrix = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.floating]  # float64; numpy.linalg's stubs promise no more
 
-DAMPINGS = (0.01, 0.1, 1.0)
+DAMPING = 0.01  # GPTQ's own default
 SMALLEST_RETRY = 1e-6  # a damping of 0 has to grow from something
 RETRIES = 12  # 1e-6 * 10^12: beyond K for any model, where a Gram matrix is surely definite
 LAZY_CHANNELS = 32  # errors of a lazy block of channels stay in the second-level cache
@@ -71,7 +65,7 @@ class GramFactor:
     damping: float
 
     @classmethod
-    def of(cls, gram: Matrix, damping: float) -> GramFactor:
+    def of(cls, gram: Matrix, damping: float = DAMPING) -> GramFactor:
         """Factor a Gram matrix.
 
         Channels that were never active (diagonal 0) are coupled to none and rounded to nearest.
@@ -106,13 +100,6 @@ class GramFactor:
         raise CalibrationError(msg)
 
 
-class DampedCodes(NamedTuple):
-    """Codes uint8 [N, k_blocks, block], and the damping behind them; None means nearest."""
-
-    codes: Codes
-    damping: float | None
-
-
 def round_gptq(weight: Matrix, grid: BlockGrid, fmt: BlockFormat, factor: GramFactor) -> Codes:
     """Round on fixed grids so that errors cancel on `factor.gram`.
 
@@ -135,39 +122,6 @@ def round_gptq(weight: Matrix, grid: BlockGrid, fmt: BlockFormat, factor: GramFa
         compensated = _compensate(weight[rows], part, fmt, factor)
         codes[rows] = keep_better_rows(weight[rows], nearest, compensated, part, factor.gram)
     return codes
-
-
-def choose_damping(
-    weight: Matrix,
-    grid: BlockGrid,
-    fmt: BlockFormat,
-    factors: Sequence[GramFactor],
-    held_out_gram: Matrix,
-) -> DampedCodes:
-    """GPTQ with the damping that loses least on a Gram matrix it has not seen.
-
-    algorithms.md 5.1: damping is a ridge, and too little of it fits the calibration text.
-
-    Args:
-        weight: Target, float32 [N, K].
-        grid: Levels, float32 [N, k_blocks].
-        fmt: Levels' limits and the block size.
-        factors: One activation's Gram matrix with the dampings to try, DAMPINGS for one; they
-            serve all sites that read it.
-        held_out_gram: float32 [K, K], of other text; it decides.
-
-    Returns:
-        Nearest codes, with damping None, where every factor's codes lose more than they do.
-    """
-    codes = round_to_grid(to_blocks(weight, fmt.block_size), grid, fmt)
-    best = DampedCodes(codes, None)
-    least = output_energy(weight_error(weight, codes, grid), held_out_gram)
-    for factor in factors:
-        codes = round_gptq(weight, grid, fmt, factor)
-        loss = output_energy(weight_error(weight, codes, grid), held_out_gram)
-        if loss < least:
-            best, least = DampedCodes(codes, factor.damping), loss
-    return best
 
 
 def keep_better_rows(

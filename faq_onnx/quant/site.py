@@ -52,20 +52,32 @@ class SiteMoments:
 
     Attributes:
         gram: E[x^T x] of the activations that the weight will meet, float32 [K, K].
-        damping: Ridge of GPTQ, relative to the mean of the diagonal.
+        shrinkage: Share of what lies off the diagonal that grids and rounding do not believe.
     """
 
     gram: Array
-    damping: float = 0.01
+    shrinkage: float = 0.0
+
+    @functools.cached_property
+    def shrunk(self) -> Array:
+        """(1 - shrinkage) G + shrinkage diag(G), float32 [K, K].
+
+        Directions in which one text hardly varies vary more in another, and rounding puts its
+        errors into them. A diagonal target keeps what every channel weighs (Ledoit and Wolf 2004
+        shrink to a multiple of the identity).
+        """
+        shrunk = self.gram * np.float32(1 - self.shrinkage)
+        np.fill_diagonal(shrunk, np.diagonal(self.gram))
+        return shrunk
 
     @functools.cached_property
     def factor(self) -> GramFactor:
         """For GPTQ."""
-        return GramFactor.of(self.gram, self.damping)
+        return GramFactor.of(self.shrunk)
 
     def block_grams(self, block_size: int) -> Array:
         """Diagonal blocks, float32 [k_blocks, block, block]."""
-        return block_grams(self.gram, block_size)
+        return block_grams(self.shrunk, block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +189,9 @@ def _quantize_rows(
     grid = _find_grid(target, plan, moments, scale_dtype)
     if plan.rounding == "gptq" and moments is not None:
         codes = round_gptq(target, grid, fmt, moments.factor)
-        grid = refit_scales(target, codes, grid, moments.gram, scale_dtype)
-        codes = descend_codes(target, codes, grid, moments.gram, fmt)
-        grid = refit_scales(target, codes, grid, moments.gram, scale_dtype)
+        grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
+        codes = descend_codes(target, codes, grid, moments.shrunk, fmt)
+        grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
     else:
         codes = round_to_grid(to_blocks(target, fmt.block_size), grid, fmt)
     packed = to_quantized_weight(codes, grid, fmt, weight.shape[1], scale_dtype)

@@ -53,7 +53,7 @@ def test_method_settings() -> None:
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
         *("--scales", "awq", "--grid-points", "10"),
         *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-share", "0.25"),
-        *("--damping", ".02", "--no-correct"),
+        *("--shrinkage", ".02", "--no-correct"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
     assert config.faq.model_dump() == {
@@ -74,7 +74,7 @@ def test_method_settings() -> None:
         "rounding": "gptq",
         "path": "low-bit",
         "path_share": 0.25,
-        "damping": 0.02,
+        "shrinkage": 0.02,
         "correct": False,
     }
     assert config.axes == Axes("awq", "minmax", "gptq", "low-bit")

@@ -11,7 +11,6 @@ from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.gptq import (
     ROWS_AT_A_TIME,
     GramFactor,
-    choose_damping,
     keep_better_rows,
     round_gptq,
 )
@@ -136,15 +135,3 @@ def test_rows_are_rounded_alone(rng: np.random.Generator) -> None:
     whole = round_gptq(weight, grid, FORMAT, factor)
     last = BlockGrid(grid.scale[-3:], grid.zero_point[-3:])
     np.testing.assert_array_equal(whole[-3:], round_gptq(weight[-3:], last, FORMAT, factor))
-
-
-def test_held_out_text_decides(rng: np.random.Generator) -> None:
-    weight, gram = rng.normal(size=(40, 64)).astype(np.float32), _gram(rng, 64)
-    grid = minmax_grid(to_blocks(weight, 16), FORMAT)
-    factors = [GramFactor.of(gram, damping) for damping in (0.01, 100.0)]
-    assert choose_damping(weight, grid, FORMAT, factors, gram).damping == 0.01
-    # nearest is the best there is where channels do not correlate
-    chosen = choose_damping(weight, grid, FORMAT, factors, np.eye(64, dtype=np.float32))
-    assert chosen.damping is None
-    nearest = round_to_grid(to_blocks(weight, 16), grid, FORMAT)
-    np.testing.assert_array_equal(chosen.codes, nearest)

@@ -199,17 +199,42 @@ def test_targets_share_one_factor(
     made = []
     factorise = GramFactor.of
 
-    def counting(gram: np.ndarray, damping: float) -> GramFactor:
-        made.append(damping)
-        return factorise(gram, damping)
+    def counting(gram: np.ndarray) -> GramFactor:
+        made.append(gram)
+        return factorise(gram)
 
     monkeypatch.setattr(GramFactor, "of", counting)
     moments = SiteMoments(_gram(rng, 32), 0.25)
     weight = rng.normal(size=(8, 32)).astype(np.float32)
     for target in (None, weight, 2 * weight):
         quantize_weight(weight, _plan(rounding="gptq"), moments, target=target)
-    assert made == [0.25]
-    assert dataclasses.replace(moments, damping=0.5).factor is not moments.factor
+    assert len(made) == 1
+    assert made[0] is moments.shrunk
+    assert dataclasses.replace(moments, shrinkage=0.5).factor is not moments.factor
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_shrinkage_draws_the_gram_matrix_to_its_diagonal(
+    rng: np.random.Generator, share: float
+) -> None:
+    gram = _gram(rng, 32)
+    kept = gram.copy()
+    shrunk = SiteMoments(gram, share).shrunk
+    np.testing.assert_array_equal(np.diagonal(shrunk), np.diagonal(gram))
+    off = ~np.eye(32, dtype=bool)
+    np.testing.assert_allclose(shrunk[off], (1 - share) * gram[off], rtol=1e-6)
+    np.testing.assert_array_equal(gram, kept)
+
+
+def test_full_shrinkage_forgets_correlations(
+    rng: np.random.Generator,
+) -> None:
+    weight, plan = rng.normal(size=(64, 32)).astype(np.float32), _plan(rounding="gptq")
+    gram = _gram(rng, 32)
+    alone = quantize_weight(weight, plan, SiteMoments(gram, 1.0))
+    diagonal = quantize_weight(weight, plan, SiteMoments(np.diag(np.diagonal(gram)), 0.0))
+    np.testing.assert_array_equal(alone.weight.packed, diagonal.weight.packed)
+    np.testing.assert_array_equal(alone.weight.scales, diagonal.weight.scales)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 576, 4096, 4097, 5000, 9000])
