@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,9 @@ from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
 from faq_onnx.report.summary import summary_markdown
 from faq_onnx.stages import OpenedModel
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["REPORT_NAME", "SUMMARY_NAME", "make_report", "source_bytes", "write_report"]
 
@@ -80,6 +82,9 @@ def source_bytes(opened: OpenedModel) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in external)
 
 
-def _peak_rss_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _peak_rss_bytes() -> int | None:
+    """The most memory that this process had resident; None on Windows, which does not tell."""
+    if sys.platform != "win32":  # the form that type checkers of either system understand
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return None

@@ -59,7 +59,12 @@ class Totals(Record):
 
 
 class RunReport(Record):
-    """Everything about one run; `versions` maps package names to versions."""
+    """Everything about one run.
+
+    Attributes:
+        versions: By package name.
+        peak_rss_bytes: None where the system does not tell, which is Windows.
+    """
 
     schema_version: int = 1
     faq_onnx: str
@@ -74,6 +79,6 @@ class RunReport(Record):
     warnings: tuple[str, ...]
     totals: Totals
     stages: tuple[StageTime, ...]
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
     verification: VerificationReport | None
     trade_off: TradeOff | None = None

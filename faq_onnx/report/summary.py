@@ -245,6 +245,7 @@ def _bullets(title: str, lines: Sequence[str]) -> str:
 
 def _timing(report: RunReport) -> str:
     lines = [f"{time.stage}: {format_duration(time.duration_s)}" for time in report.stages]
-    lines.append(f"Peak memory: {format_bytes(report.peak_rss_bytes)}")
+    if report.peak_rss_bytes is not None:
+        lines.append(f"Peak memory: {format_bytes(report.peak_rss_bytes)}")
     lines += [f"{name} {version}" for name, version in sorted(report.versions.items())]
     return _bullets("How it was made", lines)

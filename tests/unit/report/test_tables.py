@@ -280,6 +280,11 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         assert words in text
 
 
+def test_summary_is_silent_about_memory_that_is_unknown() -> None:
+    assert "Peak memory: 1.2 GB" in summary_markdown(_report())
+    assert "Peak memory" not in summary_markdown(_report(peak_rss_bytes=None))
+
+
 def test_summary_without_verification_says_so() -> None:
     assert "Not measured." in summary_markdown(_report(verification=None))
 
