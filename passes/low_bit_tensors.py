@@ -64,6 +64,7 @@ class _Shapes:
 
     @classmethod
     def of(cls, out_features: int, in_features: int, fmt: BlockFormat) -> _Shapes:
+        """As MatMulNBits wants it; the last block of a row is padded."""
         blocks = -(-in_features // fmt.block_size)
         return cls(
             packed=(out_features, blocks, fmt.block_size * fmt.storage_bits // 8),

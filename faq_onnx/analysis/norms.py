@@ -50,6 +50,8 @@ def norm_absorber(root: ir.Value, in_features: int) -> Absorber | NoPath:
 
 @dataclasses.dataclass(frozen=True)
 class _Gain:
+    """A norm multiplies its channels by `initializer + offset`."""
+
     initializer: Constant
     offset: float
 

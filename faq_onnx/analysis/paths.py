@@ -115,6 +115,15 @@ def _rows(found: FoundSite, steps: Sequence[_Step]) -> LinearRows | NoPath:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
+    """One node further up, towards the linear site.
+
+    Attributes:
+        value: What the node reads.
+        start: First of its channels that go on.
+        count: How many go on; None: all.
+        bias: Initializer that was added on the way.
+    """
+
     value: ir.Value
     start: int = 0
     count: int | None = None

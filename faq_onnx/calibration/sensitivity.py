@@ -137,7 +137,7 @@ class _Unit:
 
     @property
     def key(self) -> str:
-        # a file name, whatever exporters call their nodes
+        """Names its files, whatever characters exporters have in node names."""
         return f"{fingerprint_bytes(self.stream.encode())[:16]}-{self.window}"
 
 

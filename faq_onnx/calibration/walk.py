@@ -254,7 +254,14 @@ class LayerWalk:
 
 @dataclasses.dataclass
 class _Sums:
-    """Running float64 sums of one part."""
+    """Running float64 sums of one part.
+
+    Attributes:
+        requests: What is summed.
+        sum_abs: Sum of |x| over tokens by value, [K].
+        gram: Sum of x^T x over tokens by value, [K, K].
+        tokens: How many are in the sums.
+    """
 
     requests: tuple[ActivationRequest, ...]
     sum_abs: dict[str, npt.NDArray[np.float64]]
@@ -263,6 +270,7 @@ class _Sums:
 
     @classmethod
     def zeros(cls, requests: tuple[ActivationRequest, ...]) -> _Sums:
+        """Of no tokens yet."""
         return cls(
             requests,
             {r.value: np.zeros(r.features) for r in requests if r.sum_abs},
@@ -271,10 +279,12 @@ class _Sums:
 
     @property
     def outputs(self) -> list[str]:
+        """Names of the graph outputs that `add` reads."""
         names = [r.sum_abs_name for r in self.requests if r.sum_abs]
         return names + [r.gram_name for r in self.requests if r.gram]
 
     def add(self, results: Mapping[str, npt.NDArray[np.float32]], tokens: int) -> None:
+        """Add one run's sums over `tokens` tokens."""
         for request in self.requests:
             if request.sum_abs:
                 self.sum_abs[request.value] += results[request.sum_abs_name]
@@ -283,6 +293,14 @@ class _Sums:
         self.tokens += tokens
 
     def check_finite(self, index: int) -> None:
+        """Refuse overflow.
+
+        Args:
+            index: Of the part, for the error.
+
+        Raises:
+            NonFiniteError: A sum is NaN or infinite; names the first channel.
+        """
         for value, total in self.sum_abs.items():
             bad = np.flatnonzero(~np.isfinite(total))
             if bad.size:

@@ -256,6 +256,8 @@ def _refuse_own_source(slots: Sequence[TensorSlot], targets: Sequence[Path]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
+    """Where a tensor's bytes are: offset in the data file (inline: number of the slot), length."""
+
     offset: int
     length: int
 

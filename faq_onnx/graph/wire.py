@@ -33,6 +33,8 @@ class WireError(Exception):
 
 
 class _Kind(Enum):
+    """Messages on the way to a tensor."""
+
     MODEL = "model"
     GRAPH = "graph"
     NODE = "node"
@@ -65,6 +67,8 @@ Piece = bytes | Payload
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
+    """A field of a message by byte offsets: tag at `start`, value from `payload` to `end`."""
+
     number: int
     wire_type: int
     start: int
@@ -81,6 +85,11 @@ class _Rewriter:
     edit: Callable[[int, int], list[Piece]]
 
     def message(self, kind: _Kind, start: int, end: int, depth: int = 0) -> list[Piece]:
+        """Copy the message at `start:end`, whose length the caller writes.
+
+        Raises:
+            WireError: It is cut short, or nests too deep.
+        """
         if depth > _MAX_DEPTH:
             raise WireError(f"messages nest deeper than {_MAX_DEPTH} at byte {start}")
         if kind is _Kind.TENSOR:

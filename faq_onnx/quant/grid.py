@@ -84,9 +84,11 @@ class _Buffers:
 
     @classmethod
     def of(cls, block: int, rows: int) -> _Buffers:
+        """Flat room for chunks of up to `rows` rows."""
         return cls(*(np.empty(block * rows, np.float32) for _ in dataclasses.fields(cls)))
 
     def view(self, block: int, rows: int) -> _Buffers:
+        """The beginning of each as [block, rows], contiguous."""
         return _Buffers(
             *(
                 getattr(self, field.name)[: block * rows].reshape(block, rows)
