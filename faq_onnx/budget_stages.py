@@ -22,8 +22,8 @@ from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import ConfigError
 from faq_onnx.graph.io import INLINE_LIMIT_BYTES
 from faq_onnx.planning.budget import BudgetKind, parse_budget
-from faq_onnx.planning.mixed import COARSE_NAME, CoarseRounding
 from faq_onnx.planning.planner import PlannedModel, make_plan
+from faq_onnx.planning.prediction import COARSE_NAME, CoarseRounding
 from faq_onnx.progress import Progress
 from faq_onnx.stages import OpenedModel
 

@@ -16,8 +16,8 @@ from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.planning.mixed import CoarseRounding
 from faq_onnx.planning.planner import needs_statistics
+from faq_onnx.planning.prediction import CoarseRounding
 from faq_onnx.progress import SILENT, Progress
 
 __all__ = ["Statistics"]
@@ -77,7 +77,7 @@ class Statistics:
         found = Sensitivities(
             model_fingerprint=fingerprint,
             corpus_fingerprint=corpus_fingerprint(first),
-            perturbation="see faq_onnx.planning.mixed.COARSE",
+            perturbation="see faq_onnx.planning.prediction.COARSE",
             tokens=first.size,
             entries=walk.run(first, coarse, self.progress),
         )

@@ -32,6 +32,7 @@ __all__ = [
     "allocate",
     "format_bytes",
     "parse_budget",
+    "scale_dtype_of",
 ]
 
 ROUNDING = 1e-12  # sums of KL over some hundred items are this exact
@@ -167,6 +168,11 @@ def format_bytes(
     if not fmt.symmetric:
         row += -(-k_blocks * fmt.storage_bits // 8)
     return out_features * row
+
+
+def scale_dtype_of(dtype: str) -> npt.DTypeLike:
+    """Dtype in which the scales of a weight of that dtype are stored."""
+    return np.float16 if dtype == "float16" else np.float32
 
 
 def allocate(items: Sequence[BudgetItem], budget: Budget, fixed_bytes: int = 0) -> Allocation:

@@ -25,7 +25,8 @@ from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PlanError, StatsMismatchError
 from faq_onnx.planning.budget import parse_budget
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
-from faq_onnx.planning.mixed import MixedPlanner, ReadTable, describe_trade_off
+from faq_onnx.planning.mixed import MixedPlanner, describe_trade_off
+from faq_onnx.planning.prediction import ReadTable
 from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.quant.site import looks_at_activations

@@ -18,11 +18,11 @@ from faq_onnx.planning.budget import format_bytes, parse_budget
 from faq_onnx.planning.mixed import (
     CURVE_POINTS,
     KL_SHARE,
-    CoarseRounding,
     MixedFormats,
     MixedPlanner,
     describe_trade_off,
 )
+from faq_onnx.planning.prediction import CoarseRounding
 from faq_onnx.quant.objective import output_energy
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx
