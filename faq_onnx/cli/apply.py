@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 from faq_onnx.report.tables import result_text
 
 __all__ = ["configure", "run"]
@@ -51,7 +51,5 @@ def run(args: argparse.Namespace) -> None:
         progress=open_progress(args),
         force=args.force,
     )
-    if args.json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        print_text(f"{result_text(report)}\nwritten     {args.output}")
+    text = f"{result_text(report)}\nwritten     {args.output}"
+    print_result(args, report.model_dump(mode="json"), text)

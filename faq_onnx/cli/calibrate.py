@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 
 __all__ = ["configure", "run"]
 
@@ -39,7 +39,4 @@ def run(args: argparse.Namespace) -> None:
     path = pipeline.calibrate(
         args.source, args.output, config, progress=open_progress(args), force=args.force
     )
-    if args.json:
-        print_json({"output": str(path)})
-    else:
-        print_text(str(path))
+    print_result(args, {"output": str(path)}, str(path))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import ConfigError
 from faq_onnx.report.tables import plan_text, result_text
@@ -72,23 +72,17 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         work=args.work,
     )
-    if args.json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        print_text(f"{result_text(report)}\nwritten     {args.output}")
+    text = f"{result_text(report)}\nwritten     {args.output}"
+    print_result(args, report.model_dump(mode="json"), text)
 
 
 def _preview(args: argparse.Namespace, config: QuantizeConfig) -> None:
     from faq_onnx import pipeline  # noqa: PLC0415 - see above
 
     sites, embeddings, totals = pipeline.preview(args.source, config, progress=open_progress(args))
-    if not args.json:
-        print_text(plan_text(sites, embeddings, totals))
-        return
-    print_json(
-        {
-            "sites": [row.model_dump(mode="json") for row in sites],
-            "embeddings": [row.model_dump(mode="json") for row in embeddings],
-            "totals": totals.model_dump(mode="json"),
-        }
-    )
+    value = {
+        "sites": [row.model_dump(mode="json") for row in sites],
+        "embeddings": [row.model_dump(mode="json") for row in embeddings],
+        "totals": totals.model_dump(mode="json"),
+    }
+    print_result(args, value, plan_text(sites, embeddings, totals))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 from faq_onnx.report.tables import census_text
 
 __all__ = ["configure", "run"]
@@ -32,7 +32,4 @@ def run(args: argparse.Namespace) -> None:
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
 
     census = pipeline.inspect(args.source, progress=open_progress(args))
-    if args.json:
-        print_json(census.model_dump(mode="json"))
-    else:
-        print_text(census_text(census))
+    print_result(args, census.model_dump(mode="json"), census_text(census))

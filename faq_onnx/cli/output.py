@@ -13,7 +13,14 @@ from typing import TextIO
 from faq_onnx.errors import FaqOnnxError
 from faq_onnx.progress import SILENT, Progress
 
-__all__ = ["log_to_stderr", "open_progress", "print_error", "print_json", "print_text"]
+__all__ = [
+    "log_to_stderr",
+    "open_progress",
+    "print_error",
+    "print_json",
+    "print_result",
+    "print_text",
+]
 
 
 def print_text(text: str) -> None:
@@ -24,6 +31,14 @@ def print_text(text: str) -> None:
 def print_json(value: object) -> None:
     """The result for programs."""
     print_text(json.dumps(value, indent=2))
+
+
+def print_result(args: argparse.Namespace, value: object, text: str) -> None:
+    """What a command found: `value` with --json, `text` without."""
+    if args.json:
+        print_json(value)
+    else:
+        print_text(text)
 
 
 def print_error(error: FaqOnnxError, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 from faq_onnx.report.tables import quant_plan_text
 
 __all__ = ["configure", "run"]
@@ -45,7 +45,5 @@ def run(args: argparse.Namespace) -> None:
         progress=open_progress(args),
         force=args.force,
     )
-    if args.json:
-        print_json(plan.model_dump(mode="json"))
-    else:
-        print_text(f"{quant_plan_text(plan)}\n\nwritten     {args.output}")
+    text = f"{quant_plan_text(plan)}\n\nwritten     {args.output}"
+    print_result(args, plan.model_dump(mode="json"), text)

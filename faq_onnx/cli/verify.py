@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from faq_onnx.cli import options
-from faq_onnx.cli.output import open_progress, print_json, print_text
+from faq_onnx.cli.output import open_progress, print_result
 from faq_onnx.report.tables import verification_text
 
 __all__ = ["configure", "run"]
@@ -33,7 +33,4 @@ def run(args: argparse.Namespace) -> None:
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
 
     found = pipeline.verify(args.package, args.source, progress=open_progress(args))
-    if args.json:
-        print_json(found.model_dump(mode="json"))
-    else:
-        print_text(verification_text(found))
+    print_result(args, found.model_dump(mode="json"), verification_text(found))
