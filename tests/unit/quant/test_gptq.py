@@ -29,11 +29,6 @@ Codes = npt.NDArray[np.uint8]
 FORMAT = block_format(3, 16, symmetric=False)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
-
-
 def _gram(rng: np.random.Generator, channels: int) -> Array:
     """Of correlated activations, well conditioned."""
     mixing = rng.normal(size=(channels, channels))

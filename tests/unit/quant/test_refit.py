@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.refit import ROWS_AT_A_TIME, descend_codes, refit_scales
@@ -13,11 +12,6 @@ from faq_onnx.quant.uniform import BlockGrid, dequantize, minmax_grid, round_to_
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 FORMAT = block_format(3, 16, symmetric=False)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(4)
 
 
 def _gram(rng: np.random.Generator, channels: int) -> Array:
