@@ -318,14 +318,15 @@ class _Targets:
         if name not in self.halves[0].residual:
             return weight + weight @ self._activation
         one, other = (
-            Miss(half.gram, half.residual[name] - weight @ half.gram) for half in self.halves
+            Miss(half.gram, half.residual[name] - weight @ half.gram, half.tokens)
+            for half in self.halves
         )
         return weight + correction((one, other))
 
     @functools.cached_property
     def _activation(self) -> npt.NDArray[np.float32]:
         """What takes x_q nearer to x, for all sites that pass it on: float32 [K, K]."""
-        one, other = (Miss(half.gram, half.cross) for half in self.halves)
+        one, other = (Miss(half.gram, half.cross, half.tokens) for half in self.halves)
         return correction((one, other))
 
 

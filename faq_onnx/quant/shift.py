@@ -35,10 +35,21 @@ class Miss:
         missing: M = E[(y - x_q W^T)^T x_q], float32 [N, K]. For sites whose y is x W^T, the
             activation itself may stand for all of them: E[(x - x_q)^T x_q], [K, K]; their
             weights then take W times its correction.
+        tokens: How many the means are over; only ratios matter.
     """
 
     gram: Matrix
     missing: Matrix
+    tokens: int = 1
+
+    @classmethod
+    def mean(cls, halves: tuple[Miss, Miss]) -> Miss:
+        """Over the tokens of both."""
+        one, other = halves
+        tokens = one.tokens + other.tokens
+        share = np.float32(one.tokens / tokens)
+        gram = share * one.gram + (1 - share) * other.gram
+        return cls(gram, share * one.missing + (1 - share) * other.missing, tokens)
 
     def linear_gain(self, change: Matrix) -> float:
         """Half the slope of the loss along `change`, downwards: tr(D M^T)."""
@@ -69,9 +80,7 @@ def correction(halves: tuple[Miss, Miss], ridges: Sequence[float] = RIDGES) -> M
             best, strength, least = ridge, wish, gain
     if best is None:
         return np.zeros_like(one.missing)
-    half = np.float32(0.5)
-    whole = Miss(half * (one.gram + other.gram), half * (one.missing + other.missing))
-    return np.float32(strength) * damped_correction(whole, best)
+    return np.float32(strength) * damped_correction(Miss.mean(halves), best)
 
 
 def damped_correction(miss: Miss, ridge: float) -> Matrix:

@@ -46,6 +46,15 @@ def test_what_both_halves_ask_for_is_done_in_full(moments: Moments) -> None:
     np.testing.assert_array_equal(correction((half, half)), expected)
 
 
+def test_halves_count_by_their_tokens(moments: Moments) -> None:
+    _, gram, missing, *_ = moments
+    many, few = Miss(gram, missing, 300), Miss(2 * gram, -missing, 100)
+    whole = Miss.mean((many, few))
+    np.testing.assert_allclose(whole.gram, 1.25 * gram, rtol=1e-6)
+    np.testing.assert_allclose(whole.missing, 0.5 * missing, rtol=1e-6)
+    assert whole.tokens == 400
+
+
 def test_what_the_halves_disagree_on_is_left_alone(moments: Moments) -> None:
     _, gram, missing, *_ = moments
     assert not correction((Miss(gram, missing), Miss(gram, -missing))).any()
