@@ -125,6 +125,8 @@ class FormatCandidates:
         blocks = dict.fromkeys(block for _, block in self.formats)
         return [
             block_format(bits, block, symmetric)
-            for bits, block, symmetric in itertools.product(named, blocks, self._symmetries())
+            for bits in named
+            for block in blocks
+            for symmetric in self._symmetries()
             if table.width % block == 0
         ]
