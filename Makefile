@@ -31,7 +31,7 @@ help: ## Show this list
 demo: env ## SmolLM2 from its package to a 4-bit model, with a table and two continuations
 	$(BIN)/python tools/demo.py
 
-test: env ## Run the tests (about a minute)
+test: env ## Run the tests (about four minutes)
 	$(PYTEST) -m "not slow and not hub"
 
 test-slow: env ## Run the slow tests: real packages, whole conversions, the wheel

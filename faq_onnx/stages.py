@@ -34,6 +34,7 @@ from faq_onnx.passes import (
     QuantizeEmbeddingPass,
     run_passes,
 )
+from faq_onnx.planning.budget import scale_dtype_of
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.progress import Progress
 from faq_onnx.quant.objective import scale_gram
@@ -161,7 +162,7 @@ def rtn_marks(opened: OpenedModel, planned: PlannedModel) -> dict[str, str]:
     def mark(plan: SitePlan) -> str:
         assert plan.format is not None
         site = opened.census.site(plan.site)
-        return rtn_digest(opened.read(site), plan.format, _scale_dtype(site.dtype))
+        return rtn_digest(opened.read(site), plan.format, scale_dtype_of(site.dtype))
 
     plans = [plan for plan in planned.plan.sites if plan.format is not None]
     marks = dict(zip((p.site for p in plans), map_in_threads(mark, plans), strict=True))
@@ -255,7 +256,7 @@ class _Bench:
                 plan,
                 moments,
                 target=target,
-                scale_dtype=_scale_dtype(self.opened.census.site(name).dtype),
+                scale_dtype=scale_dtype_of(self.opened.census.site(name).dtype),
                 workers=thread_count(),
             )
             self._keep(plan, result)
@@ -274,7 +275,7 @@ class _Bench:
             gram = _gram(groups[plan.site], self.planned, self.stats)
             moments = None if gram is None else SiteMoments(gram, config.rounding.shrinkage)
             site = sites[plan.site]
-            dtype = _scale_dtype(site.dtype)
+            dtype = scale_dtype_of(site.dtype)
             return quantize_weight(self.opened.read(site), plan, moments, scale_dtype=dtype)
 
         if not plans:
@@ -342,7 +343,7 @@ def _quantize_embeddings(opened: OpenedModel, planned: PlannedModel, store: Weig
             continue
         table = tables[plan.embedding]
         values = opened.read_table(table)
-        store.put(table.name, quantize_rtn(values, plan.format, _scale_dtype(table.dtype)))
+        store.put(table.name, quantize_rtn(values, plan.format, scale_dtype_of(table.dtype)))
 
 
 def _gram(
@@ -354,10 +355,6 @@ def _gram(
     gram = stats.gram(group.name)
     scale = planned.scales.get(group.name)
     return gram if scale is None else scale_gram(gram, scale)
-
-
-def _scale_dtype(dtype: str) -> npt.DTypeLike:
-    return np.float16 if dtype == "float16" else np.float32
 
 
 def _read_config(source: SourceModel) -> Mapping[str, object] | None:
