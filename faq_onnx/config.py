@@ -147,6 +147,8 @@ class RoundingConfig(_Section):
     """How far the Gram matrix of grids and rounding is drawn to its diagonal: more, where texts of
     the application may differ from the calibration's.
     """
+    attention_aware: bool = True
+    """On the low-bit path, judge v_proj by what attention makes of its input (BoA)."""
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""
 

@@ -232,7 +232,9 @@ class _Bench:
         """Quantize the sites whose rounding looks at activations, on the low-bit path."""
         judged = {name for name, plan in self.plans.items() if looks_at_activations(plan)}
         groups = [g.name for g in self.opened.census.groups if judged & set(g.sites)]
-        walk = PairedWalk(self.opened.model, self.opened.census, folder)
+        config = self.planned.plan.config or QuantizeConfig()
+        aware = config.rounding.attention_aware
+        walk = PairedWalk(self.opened.model, self.opened.census, folder, aware)
         walk.run(windows, groups, self._solve, progress)
 
     def _solve(
@@ -240,7 +242,8 @@ class _Bench:
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Quantize the sites of one group; what the low-bit path goes on with."""
         config = self.planned.plan.config or QuantizeConfig()
-        moments = SiteMoments(PairedMoments.mean(halves).gram, config.rounding.shrinkage)
+        seen = PairedMoments.mean(halves)
+        moments = SiteMoments(seen.gram, config.rounding.shrinkage)
         targets = _Targets(halves) if config.rounding.correct else None
         found = {}
         for name in group.sites:
@@ -254,7 +257,7 @@ class _Bench:
             result = quantize_weight(
                 weight,
                 plan,
-                moments,
+                self._by_head(seen.attended.get(name)) or moments,
                 target=target,
                 scale_dtype=scale_dtype_of(self.opened.census.site(name).dtype),
                 workers=thread_count(),
@@ -262,6 +265,11 @@ class _Bench:
             self._keep(plan, result)
             found[name] = dequantize_weight(result.weight)
         return found
+
+    def _by_head(self, attended: npt.NDArray[np.float32] | None) -> list[SiteMoments]:
+        config = self.planned.plan.config or QuantizeConfig()
+        grams = () if attended is None else attended
+        return [SiteMoments(gram, config.rounding.shrinkage) for gram in grams]
 
     def quantize_rest(self, progress: Progress) -> None:
         """Quantize what no walk has reached, against the float model."""

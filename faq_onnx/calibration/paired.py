@@ -16,8 +16,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime as ort
 
 from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
+from faq_onnx.calibration.attention import (
+    ATTENDED_TOKENS,
+    Attended,
+    ValueSite,
+    value_sites,
+)
 from faq_onnx.calibration.batches import Batch, make_batches, part_feeds, store_key
 from faq_onnx.calibration.hidden import HiddenStore
 from faq_onnx.errors import NonFiniteError
@@ -50,12 +57,16 @@ class PairedMoments:
             r is the float stream behind the addition, r_q the low-bit stream in front of it, so
             r - r_q is what the site should add for the streams to meet again.
         tokens: How many the means are over.
+        attended: By projection of values whose attention is visible, E[(A_h x_q)^T (A_h x_q)] with
+            the float model's attention, float32 [kv_heads, K, K]; over whole sequences, the same
+            in both halves.
     """
 
     gram: Array
     cross: Array
     residual: Mapping[str, Array]
     tokens: int
+    attended: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def mean(cls, halves: tuple[PairedMoments, PairedMoments]) -> PairedMoments:
@@ -71,6 +82,7 @@ class PairedMoments:
                 for name in one.residual
             },
             one.tokens + other.tokens,
+            one.attended,
         )
 
 
@@ -93,6 +105,7 @@ class _Stop:
     group: ScaleGroup
     value: str
     residuals: Mapping[str, _Residual]
+    attention: Sequence[ValueSite] = ()
 
 
 @dataclasses.dataclass
@@ -103,11 +116,13 @@ class PairedWalk:
         model: The float model, channel scales folded.
         census: Of it.
         folder: For hidden states and part models.
+        attention_aware: Find out what attention makes of the inputs of values.
     """
 
     model: ir.Model
     census: ModelCensus
     folder: Path
+    attention_aware: bool = False
     _diverged: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def reachable(self, groups: Iterable[str]) -> list[str]:
@@ -190,7 +205,9 @@ class PairedWalk:
             if value not in part.varying or value not in part.inputs:
                 continue
             residuals = {s.name: r for s in sites if (r := _residual(values[s.output], part))}
-            stops.setdefault(part.index, []).append(_Stop(group, value, residuals))
+            attention = value_sites(self.census, values, group) if self.attention_aware else []
+            attention = [v for v in attention if v.attention in part.produces]
+            stops.setdefault(part.index, []).append(_Stop(group, value, residuals, attention))
         return parts, stops
 
     def _forward(
@@ -205,19 +222,39 @@ class PairedWalk:
         store.folder.mkdir(parents=True, exist_ok=True)
         low_bit = store == self._low_bit
         names = sorted(outputs)
-        model = extract_part(self.model, self._types(part.inputs), names)
+        session = self._session(part, names, weights)
+        for batch in batches:
+            results = self._run(session, part, batch, names, low_bit=low_bit)
+            for name, result in zip(names, results, strict=True):
+                varying = name in part.varying or name not in part.outputs
+                store.put(name, store_key(varying, batch.name, batch.ids.shape), result)
+
+    def _session(
+        self, part: Part, outputs: Sequence[str], weights: Mapping[str, Array]
+    ) -> ort.InferenceSession:
+        """The part as a model of its own, with other weights where given."""
+        model = extract_part(self.model, self._types(part.inputs), outputs)
         for name, weight in weights.items():
             replace_weight(model, self.census.site(name), weight)
         path = self.folder / "part.onnx"
         save_model(model, path, external_data=True)
         release_weights(model)
-        session = open_session(path)
-        for batch in batches:
-            stored = {name: self._read(part, name, batch, low_bit=low_bit) for name in part.inputs}
-            results = session.run(names, part_feeds(session, batch.ids, stored))
-            for name, result in zip(names, results, strict=True):
-                varying = name in part.varying or name not in part.outputs
-                store.put(name, store_key(varying, batch.name, batch.ids.shape), result)
+        return open_session(path)
+
+    def _run(
+        self,
+        session: ort.InferenceSession,
+        part: Part,
+        batch: Batch,
+        outputs: Sequence[str],
+        *,
+        low_bit: bool,
+    ) -> list[npt.NDArray[np.generic]]:
+        stored = {name: self._read(part, name, batch, low_bit=low_bit) for name in part.inputs}
+        results: list[npt.NDArray[np.generic]] = session.run(
+            outputs, part_feeds(session, batch.ids, stored)
+        )
+        return results
 
     def _read(
         self, part: Part, name: str, batch: Batch, *, low_bit: bool
@@ -250,7 +287,26 @@ class PairedWalk:
                 ahead = None if float_path is None else float_path[rows]
                 half.add(low[rows], ahead, {name: m[rows] for name, m in missing.items()})
         self._check_finite(stop, sums[0].gram + sums[1].gram)
-        return sums[0].means(), sums[1].means()
+        attended = self._attended(stop, part, batches)
+        one, other = (dataclasses.replace(half.means(), attended=attended) for half in sums)
+        return one, other
+
+    def _attended(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> dict[str, Array]:
+        """E[(A_h x_q)^T (A_h x_q)] by projection of values; attention of the float path."""
+        sums = {value.attention: Attended(value.repeats) for value in stop.attention}
+        if not sums:
+            return {}
+        session = self._session(part, sorted(sums), {})
+        tokens = 0
+        for batch in batches:
+            if tokens >= ATTENDED_TOKENS:
+                break
+            tokens += batch.ids.size
+            inputs = self._read(part, stop.value, batch, low_bit=True).astype(np.float32)
+            results = self._run(session, part, batch, sorted(sums), low_bit=False)
+            for name, weights in zip(sorted(sums), results, strict=True):
+                sums[name].add(weights.astype(np.float32, copy=False), inputs)
+        return {value.site: sums[value.attention].mean() for value in stop.attention}
 
     def _bias(self, name: str) -> Array:
         site = self.census.site(name)

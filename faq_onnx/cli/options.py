@@ -96,6 +96,7 @@ ROUNDING = Group(
         "rounding.path": ("--path",),
         "rounding.path_share": ("--path-share",),
         "rounding.shrinkage": ("--shrinkage",),
+        "rounding.attention_aware": ("--attention-aware", "--no-attention-aware"),
         "rounding.correct": ("--correct", "--no-correct"),
     },
 )

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +100,7 @@ class QuantizedSite:
 def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     weight: Array,
     plan: SitePlan,
-    moments: SiteMoments | None = None,
+    moments: SiteMoments | Sequence[SiteMoments] | None = None,
     *,
     target: Array | None = None,
     scale_dtype: npt.DTypeLike = np.float32,
@@ -110,8 +111,8 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     Args:
         weight: float32 [N, K], channel scales already multiplied in.
         plan: Format, grid and rounding.
-        moments: Of the activations that this weight will meet; without them grid and rounding
-            must not need any.
+        moments: Of the activations that this weight will meet; several for as many equal shares
+            of its rows (heads). Without them grid and rounding must not need any.
         target: What to round instead of the weight itself, float32 [N, K]: shifted to make up for
             errors that came before.
         scale_dtype: Dtype in which scales are stored: that of the model's activations.
@@ -130,20 +131,40 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
 
     wished = weight if target is None else target
 
-    def quantize(rows: slice) -> _Rows:
-        return _quantize_rows(weight[rows], wished[rows], plan, moments, scale_dtype)
+    def quantize(share: _Share) -> _Rows:
+        rows = share.rows
+        return _quantize_rows(weight[rows], wished[rows], plan, share.moments, scale_dtype)
 
-    shares = row_shares(len(weight), workers)
+    shares = _shares(len(weight), moments, workers)
     if workers > 1:
         pieces = list(map_in_threads(quantize, shares))
     else:
-        pieces = [quantize(rows) for rows in shares]
+        pieces = [quantize(share) for share in shares]
     signal = sum(piece.signal for piece in pieces)
     noise = sum(piece.noise for piece in pieces)
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece.codes)
     return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
+
+
+class _Share(NamedTuple):
+    """Rows that are quantized together, and the activations that they meet."""
+
+    rows: slice
+    moments: SiteMoments | None
+
+
+def _shares(
+    rows: int, moments: SiteMoments | Sequence[SiteMoments] | None, workers: int
+) -> list[_Share]:
+    if moments is None or isinstance(moments, SiteMoments):
+        return [_Share(share, moments) for share in row_shares(rows, workers)]
+    size, rest = divmod(rows, len(moments))
+    if rest:
+        msg = f"{rows} rows cannot be shared out equally among {len(moments)} heads"
+        raise ValueError(msg)
+    return [_Share(slice(i * size, (i + 1) * size), own) for i, own in enumerate(moments)]
 
 
 def row_shares(rows: int, workers: int) -> list[slice]:
