@@ -148,7 +148,7 @@ class RoundingConfig(_Section):
     the application may differ from the calibration's.
     """
     attention_aware: bool = True
-    """On the low-bit path, judge v_proj by what attention makes of its input (BoA)."""
+    """On the low-bit path, round q, k and v for what attention makes of their errors (BoA)."""
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""
 

@@ -257,8 +257,9 @@ class _Bench:
             result = quantize_weight(
                 weight,
                 plan,
-                self._by_head(seen.attended.get(name)) or moments,
+                self._by_head(seen.attention.inputs.get(name)) or moments,
                 target=target,
+                row_metric=seen.attention.rows.get(name),
                 scale_dtype=scale_dtype_of(self.opened.census.site(name).dtype),
                 workers=thread_count(),
             )

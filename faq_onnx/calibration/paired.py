@@ -22,8 +22,9 @@ from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
 from faq_onnx.calibration.attention import (
     ATTENDED_TOKENS,
     Attended,
-    ValueSite,
-    value_sites,
+    AttentionMoments,
+    AttentionSites,
+    attention_sites,
 )
 from faq_onnx.calibration.batches import Batch, make_batches, part_feeds, store_key
 from faq_onnx.calibration.hidden import HiddenStore
@@ -57,16 +58,15 @@ class PairedMoments:
             r is the float stream behind the addition, r_q the low-bit stream in front of it, so
             r - r_q is what the site should add for the streams to meet again.
         tokens: How many the means are over.
-        attended: By projection of values whose attention is visible, E[(A_h x_q)^T (A_h x_q)] with
-            the float model's attention, float32 [kv_heads, K, K]; over whole sequences, the same
-            in both halves.
+        attention: How errors of q, k and v count, by the float model's attention; taken over
+            whole sequences, so the same in both halves.
     """
 
     gram: Array
     cross: Array
     residual: Mapping[str, Array]
     tokens: int
-    attended: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    attention: AttentionMoments = dataclasses.field(default_factory=AttentionMoments)
 
     @classmethod
     def mean(cls, halves: tuple[PairedMoments, PairedMoments]) -> PairedMoments:
@@ -82,7 +82,7 @@ class PairedMoments:
                 for name in one.residual
             },
             one.tokens + other.tokens,
-            one.attended,
+            one.attention,
         )
 
 
@@ -105,7 +105,7 @@ class _Stop:
     group: ScaleGroup
     value: str
     residuals: Mapping[str, _Residual]
-    attention: Sequence[ValueSite] = ()
+    attention: AttentionSites | None = None
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ class PairedWalk:
         model: The float model, channel scales folded.
         census: Of it.
         folder: For hidden states and part models.
-        attention_aware: Find out what attention makes of the inputs of values.
+        attention_aware: Find out how errors of q, k and v count behind attention.
     """
 
     model: ir.Model
@@ -205,8 +205,11 @@ class PairedWalk:
             if value not in part.varying or value not in part.inputs:
                 continue
             residuals = {s.name: r for s in sites if (r := _residual(values[s.output], part))}
-            attention = value_sites(self.census, values, group) if self.attention_aware else []
-            attention = [v for v in attention if v.attention in part.produces]
+            attention = None
+            if self.attention_aware:
+                attention = attention_sites(self.census, values, group)
+            if attention is not None and not part.produces.issuperset(attention.values):
+                attention = None
             stops.setdefault(part.index, []).append(_Stop(group, value, residuals, attention))
         return parts, stops
 
@@ -287,26 +290,26 @@ class PairedWalk:
                 ahead = None if float_path is None else float_path[rows]
                 half.add(low[rows], ahead, {name: m[rows] for name, m in missing.items()})
         self._check_finite(stop, sums[0].gram + sums[1].gram)
-        attended = self._attended(stop, part, batches)
-        one, other = (dataclasses.replace(half.means(), attended=attended) for half in sums)
+        attention = self._attention(stop, part, batches)
+        one, other = (dataclasses.replace(half.means(), attention=attention) for half in sums)
         return one, other
 
-    def _attended(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> dict[str, Array]:
-        """E[(A_h x_q)^T (A_h x_q)] by projection of values; attention of the float path."""
-        sums = {value.attention: Attended(value.repeats) for value in stop.attention}
-        if not sums:
-            return {}
-        session = self._session(part, sorted(sums), {})
-        tokens = 0
+    def _attention(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> AttentionMoments:
+        """How errors count behind attention: that of the float path, on low-bit inputs."""
+        if stop.attention is None:
+            return AttentionMoments()
+        names = sorted(stop.attention.values)
+        session = self._session(part, names, {})
+        sums, tokens = Attended(stop.attention), 0
         for batch in batches:
             if tokens >= ATTENDED_TOKENS:
                 break
             tokens += batch.ids.size
             inputs = self._read(part, stop.value, batch, low_bit=True).astype(np.float32)
-            results = self._run(session, part, batch, sorted(sums), low_bit=False)
-            for name, weights in zip(sorted(sums), results, strict=True):
-                sums[name].add(weights.astype(np.float32, copy=False), inputs)
-        return {value.site: sums[value.attention].mean() for value in stop.attention}
+            results = self._run(session, part, batch, names, low_bit=False)
+            seen = {n: r.astype(np.float32) for n, r in zip(names, results, strict=True)}
+            sums.add(seen, inputs)
+        return sums.moments()
 
     def _bias(self, name: str) -> Array:
         site = self.census.site(name)

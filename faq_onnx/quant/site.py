@@ -15,6 +15,7 @@ import numpy.typing as npt
 from faq_onnx.artifacts.plan import BlockFormat, SitePlan
 from faq_onnx.artifacts.weights import QuantizedWeight
 from faq_onnx.errors import PlanError
+from faq_onnx.quant.boa import round_boa
 from faq_onnx.quant.clip import clip_grid
 from faq_onnx.quant.data_free import hqq_grid, k_quant_grid
 from faq_onnx.quant.gptq import GramFactor, round_gptq, weight_error
@@ -103,6 +104,7 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     moments: SiteMoments | Sequence[SiteMoments] | None = None,
     *,
     target: Array | None = None,
+    row_metric: npt.NDArray[np.float64] | None = None,
     scale_dtype: npt.DTypeLike = np.float32,
     workers: int = 1,
 ) -> QuantizedSite:
@@ -115,6 +117,8 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
             of its rows (heads). Without them grid and rounding must not need any.
         target: What to round instead of the weight itself, float32 [N, K]: shifted to make up for
             errors that came before.
+        row_metric: How errors of a head's outputs count, H_out [heads, d, d]: GPTQ then lets the
+            rows of a head make up for each other (BoA).
         scale_dtype: Dtype in which scales are stored: that of the model's activations.
         workers: Threads; rows are shared out among them.
 
@@ -132,10 +136,10 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     wished = weight if target is None else target
 
     def quantize(share: _Share) -> _Rows:
-        rows = share.rows
-        return _quantize_rows(weight[rows], wished[rows], plan, share.moments, scale_dtype)
+        own, goal = weight[share.rows], wished[share.rows]
+        return _quantize_rows(own, goal, plan, share.moments, share.metric, scale_dtype)
 
-    shares = _shares(len(weight), moments, workers)
+    shares = _shares(len(weight), moments, row_metric, workers)
     if workers > 1:
         pieces = list(map_in_threads(quantize, shares))
     else:
@@ -149,22 +153,48 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
 
 
 class _Share(NamedTuple):
-    """Rows that are quantized together, and the activations that they meet."""
+    """Rows that are quantized together, and what their errors meet."""
 
     rows: slice
     moments: SiteMoments | None
+    metric: npt.NDArray[np.float64] | None
 
 
 def _shares(
-    rows: int, moments: SiteMoments | Sequence[SiteMoments] | None, workers: int
+    rows: int,
+    moments: SiteMoments | Sequence[SiteMoments] | None,
+    metric: npt.NDArray[np.float64] | None,
+    workers: int,
 ) -> list[_Share]:
-    if moments is None or isinstance(moments, SiteMoments):
-        return [_Share(share, moments) for share in row_shares(rows, workers)]
-    size, rest = divmod(rows, len(moments))
+    """Heads are never divided, where there are any."""
+    if isinstance(moments, Sequence):
+        size = _head_size(rows, len(moments))
+        return [
+            _Share(
+                slice(i * size, (i + 1) * size), own, None if metric is None else metric[i : i + 1]
+            )
+            for i, own in enumerate(moments)
+        ]
+    if metric is None:
+        return [_Share(share, moments, None) for share in row_shares(rows, workers)]
+    size = _head_size(rows, len(metric))
+    together = max(1, min(-(-len(metric) // workers), ROWS_AT_A_TIME // size))
+    return [
+        _Share(
+            slice(i * size, min(i + together, len(metric)) * size),
+            moments,
+            metric[i : i + together],
+        )
+        for i in range(0, len(metric), together)
+    ]
+
+
+def _head_size(rows: int, heads: int) -> int:
+    size, rest = divmod(rows, heads)
     if rest:
-        msg = f"{rows} rows cannot be shared out equally among {len(moments)} heads"
+        msg = f"{rows} rows cannot be shared out equally among {heads} heads"
         raise ValueError(msg)
-    return [_Share(slice(i * size, (i + 1) * size), own) for i, own in enumerate(moments)]
+    return size
 
 
 def row_shares(rows: int, workers: int) -> list[slice]:
@@ -197,18 +227,21 @@ class _Rows:
     noise: float
 
 
-def _quantize_rows(
+def _quantize_rows(  # noqa: PLR0913, PLR0917 - what to round, how, and against what
     weight: Array,
     target: Array,
     plan: SitePlan,
     moments: SiteMoments | None,
+    metric: npt.NDArray[np.float64] | None,
     scale_dtype: npt.DTypeLike,
 ) -> _Rows:
     """Some rows [n, K]: they do not depend on each other, and temporaries stay small."""
     fmt = plan.format
     assert fmt is not None
     grid = _find_grid(target, plan, moments, scale_dtype)
-    if plan.rounding == "gptq" and moments is not None:
+    if plan.rounding == "gptq" and moments is not None and metric is not None:
+        codes = round_boa(target, grid, fmt, moments.factor, metric)
+    elif plan.rounding == "gptq" and moments is not None:
         codes = round_gptq(target, grid, fmt, moments.factor)
         grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
         codes = descend_codes(target, codes, grid, moments.shrunk, fmt)

@@ -9,11 +9,10 @@ import pytest
 from faq_onnx.quant.head_grams import (
     Rotary,
     attended_gram,
+    fit_rotary,
     head_covariance,
     key_metric,
-    output_metric,
     query_metric,
-    reason_against,
     rotate_mean,
 )
 
@@ -102,23 +101,43 @@ def test_attended_inputs(rng: np.random.Generator) -> None:
         _close(found[group], expected)
 
 
-def test_output_metric(rng: np.random.Generator) -> None:
-    weight = rng.normal(size=(7, HEADS * SIZE)).astype(np.float32)
-    found = output_metric(weight, HEADS, KV_HEADS)
-    parts = [weight[:, h * SIZE : (h + 1) * SIZE].astype(np.float64) for h in range(HEADS)]
-    for group in range(KV_HEADS):
-        _close(found[group], np.mean([p.T @ p for p in parts[3 * group : 3 * group + 3]], axis=0))
+ROTARIES = [(SIZE, False), (SIZE, True), (SIZE // 2, False), (SIZE // 4, True)]
 
 
-def test_models_that_the_metrics_do_not_describe() -> None:
-    rotary = _rotary(SIZE, interleaved=False)
+def _turned(before: Doubles, rotary: Rotary) -> Doubles:
+    """[sequences, heads, tokens, SIZE], rotated position by position."""
+    turns = np.stack([_rotation(rotary, t) for t in range(before.shape[2])])
+    return np.einsum("tij,bhtj->bhti", turns, before)
 
-    def reason(heads: int = HEADS, size: int = SIZE, norm: bool = False) -> str | None:
-        return reason_against(
-            heads=heads, kv_heads=KV_HEADS, head_dim=size, rotary=rotary, query_key_norm=norm
+
+@pytest.mark.parametrize(("channels", "interleaved"), ROTARIES)
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_rotation_is_found_in_what_it_does(
+    rng: np.random.Generator, channels: int, interleaved: bool, factor: float
+) -> None:
+    before = rng.normal(size=(2, HEADS, TOKENS, SIZE))
+    rotary = _rotary(channels, interleaved)
+    found = fit_rotary(before, factor * _turned(before, rotary))
+    assert found is not None
+    for position in range(TOKENS):
+        np.testing.assert_allclose(
+            _rotation(found, position), _rotation(rotary, position), atol=1e-6
         )
 
-    assert reason() is None
-    assert "norm" in (reason(norm=True) or "")
-    assert "5 query heads" in (reason(heads=5) or "")
-    assert "a head has 4" in (reason(size=4) or "")
+
+def test_no_rotation_at_all_is_one_by_nothing(rng: np.random.Generator) -> None:
+    before = rng.normal(size=(2, HEADS, TOKENS, SIZE))
+    found = fit_rotary(before, 0.5 * before)
+    assert found is not None
+    np.testing.assert_allclose(_rotation(found, 3), np.eye(SIZE), atol=1e-6)
+
+
+def test_what_is_more_than_a_rotation_is_declined(rng: np.random.Generator) -> None:
+    before = rng.normal(size=(2, HEADS, TOKENS, SIZE))
+    after = _turned(before, _rotary(SIZE, interleaved=False))
+    normed = after / np.sqrt((after**2).mean(axis=-1, keepdims=True))
+    assert fit_rotary(before, normed) is None  # Qwen3's norms of queries and keys
+    assert fit_rotary(before, rng.normal(size=before.shape)) is None
+    assert fit_rotary(before, np.zeros_like(before)) is None
+    assert fit_rotary(before[:1, :2], after[:1, :2]) is None  # too few to tell
+    assert fit_rotary(before, after[:, :3]) is None
