@@ -21,6 +21,7 @@ from faq_onnx.quant.head_grams import (
     attended_gram,
     fit_rotary,
     head_covariance,
+    is_rotated,
     key_metric,
     query_metric,
 )
@@ -46,7 +47,7 @@ class AttentionSites:
         v: Site that projects values and nothing else.
         q: Site that projects queries, if k is known too; else both are None.
         k: Site that projects keys.
-        outputs: Values behind q and k (and their biases), [B, S, heads * d].
+        outputs: Values behind q and k (and their biases), [B, S, heads * d], or B and S joined.
         operands: The factors of the scores, [B, heads, S, d] and [B, heads, d, S].
         weights: Value of the attention weights, [B, heads, S, S].
         repeats: Query heads that read one value head.
@@ -214,11 +215,14 @@ class Attended:
 
     def _fit(self, seen: Mapping[str, Array], queries: Array, keys: Array) -> Rotary | None:
         """What turns q, if a rotation explains both operands."""
-        fitted = []
-        for after, name in zip((queries, keys), self.sites.outputs, strict=True):
-            before = seen[name].reshape(*seen[name].shape[:2], after.shape[1], -1)
-            fitted.append(fit_rotary(before.transpose(0, 2, 1, 3), after))
-        return None if fitted[1] is None else fitted[0]
+        before = [
+            seen[name].reshape(*after.shape[::2], after.shape[1], -1).transpose(0, 2, 1, 3)
+            for after, name in zip((queries, keys), self.sites.outputs, strict=True)
+        ]
+        rotary = fit_rotary(before[0], queries)
+        if rotary is None or not is_rotated(before[1], keys, rotary):
+            return None
+        return rotary
 
     def moments(self) -> AttentionMoments:
         """Means over all sequences."""

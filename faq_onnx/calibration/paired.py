@@ -305,10 +305,10 @@ class PairedWalk:
             if tokens >= ATTENDED_TOKENS:
                 break
             tokens += batch.ids.size
-            inputs = self._read(part, stop.value, batch, low_bit=True).astype(np.float32)
+            inputs = _rows(self._read(part, stop.value, batch, low_bit=True))
             results = self._run(session, part, batch, names, low_bit=False)
             seen = {n: r.astype(np.float32) for n, r in zip(names, results, strict=True)}
-            sums.add(seen, inputs)
+            sums.add(seen, inputs.reshape(*batch.ids.shape, -1))
         return sums.moments()
 
     def _bias(self, name: str) -> Array:

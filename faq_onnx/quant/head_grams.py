@@ -28,6 +28,7 @@ __all__ = [
     "attended_gram",
     "fit_rotary",
     "head_covariance",
+    "is_rotated",
     "key_metric",
     "query_metric",
     "rotate_mean",
@@ -85,6 +86,20 @@ def fit_rotary(before: npt.NDArray[np.floating], after: npt.NDArray[np.floating]
                 if fitted is not None:
                     return fitted
     return None
+
+
+def is_rotated(
+    before: npt.NDArray[np.floating], after: npt.NDArray[np.floating], rotary: Rotary
+) -> bool:
+    """Whether `after` is `before` rotated by these tables, up to one factor; [.., tokens, d]."""
+    first, second = _pairs(rotary)
+    turn = rotary.cos + 1j * rotary.sin
+    turned = before.astype(np.float32)
+    pairs = (before[..., first] + 1j * before[..., second]) * turn[: before.shape[-2]]
+    turned[..., first], turned[..., second] = pairs.real, pairs.imag
+    factor = float(np.vdot(turned, after)) / max(float(np.vdot(turned, turned)), 1e-30)
+    missed = float(((after - factor * turned) ** 2).sum())
+    return missed <= ROTATION_TOLERANCE**2 * float((after**2).sum())
 
 
 def _fit_pairs(

@@ -414,6 +414,34 @@ def test_paired_walk_reaches_every_group(fixture: Fixture, tmp_path: Path) -> No
 
 
 @each_fixture
+def test_paired_walk_sees_attention(fixture: Fixture, tmp_path: Path) -> None:
+    """Where a graph computes attention in steps; norms of queries and keys hide theirs."""
+    model = canonicalise(load_model(fixture.path / "model.onnx"))
+    census = take_census(model, fixture.config())
+    rows: set[str] = set()
+    inputs: set[str] = set()
+
+    def solve(_group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+        attention = halves[0].attention
+        rows.update(attention.rows)
+        inputs.update(attention.inputs)
+        return {}
+
+    ids = np.random.default_rng(0).integers(0, 64, (4, 16))
+    PairedWalk(model, census, tmp_path, True).run(ids, [g.name for g in census.groups], solve)
+    by_role = {
+        role: {site.name for site in census.sites if site.role is role}
+        for role in (LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.V_PROJ)
+    }
+    in_steps = fixture.name.startswith(("optimum-", "dynamo20-"))
+    normed = any(family in fixture.name for family in ("qwen3", "gemma3"))
+    scored = by_role[LinearRole.Q_PROJ] | by_role[LinearRole.K_PROJ]
+    assert inputs == (by_role[LinearRole.V_PROJ] if in_steps else set())
+    assert rows == (scored if in_steps and not normed else set())
+    assert not in_steps or inputs
+
+
+@each_fixture
 def test_paired_walk_sees_the_residual_stream(fixture: Fixture, tmp_path: Path) -> None:
     """With nothing rounded, what a site should add is what it adds: W E[x^T x].
 

@@ -99,3 +99,22 @@ def test_fused_attention_hides_its_weights() -> None:
     product = next(n for n in model.graph if n.inputs and n.inputs[0] is values[found.weights])
     product.op_type = "GroupQueryAttention"
     assert attention_sites(census, values, group) is None
+
+
+@each_spec
+def test_rows_of_queries_meet_the_keys(spec: TinyLlama, tmp_path: Path) -> None:
+    """A rotation keeps lengths: the trace of H_out is E|k|^2, and for k E|q|^2 of its heads."""
+    found = _seen(spec, tmp_path)
+    for layer, (q, k) in enumerate(
+        zip(_sites(spec, LinearRole.Q_PROJ), _sites(spec, LinearRole.K_PROJ), strict=True)
+    ):
+        (rows,) = (m.attention.rows for m in found.values() if q.name in m.attention.rows)
+        size = spec.head_dim
+        assert rows[q.name].shape == (spec.heads, size, size)
+        assert rows[k.name].shape == (spec.kv_heads, size, size)
+        assert np.linalg.eigvalsh(rows[q.name]).min() > -1e-9
+        keys = _value(spec, f"present.{layer}.key").reshape(len(IDS), spec.kv_heads, -1, size)
+        energy = (keys**2).sum(axis=-1).mean(axis=(0, 2))
+        repeats = spec.heads // spec.kv_heads
+        found_energy = np.trace(rows[q.name], axis1=1, axis2=2)
+        np.testing.assert_allclose(found_energy, np.repeat(energy, repeats), rtol=1e-4)

@@ -11,6 +11,7 @@ from faq_onnx.quant.head_grams import (
     attended_gram,
     fit_rotary,
     head_covariance,
+    is_rotated,
     key_metric,
     query_metric,
     rotate_mean,
@@ -123,6 +124,16 @@ def test_a_rotation_is_found_in_what_it_does(
         np.testing.assert_allclose(
             _rotation(found, position), _rotation(rotary, position), atol=1e-6
         )
+
+
+def test_keys_are_checked_against_the_rotation_of_queries(rng: np.random.Generator) -> None:
+    """One sequence of one head is enough: only a factor is free."""
+    rotary = _rotary(SIZE // 2, interleaved=True)
+    before = rng.normal(size=(1, 1, TOKENS, SIZE))
+    after = 3 * _turned(before, rotary)
+    assert is_rotated(before, after, rotary)
+    assert not is_rotated(before, after, _rotary(SIZE, interleaved=False))
+    assert not is_rotated(before, after / (1 + np.abs(after).max(axis=-1, keepdims=True)), rotary)
 
 
 def test_no_rotation_at_all_is_one_by_nothing(rng: np.random.Generator) -> None:
