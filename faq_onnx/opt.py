@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from faq_onnx.analysis import canonicalise, take_census
+from faq_onnx.analysis import canonicalise, context_length, find_attention, take_census
 from faq_onnx.artifacts.plan import (
     BlockFormat,
     EmbeddingPlan,
@@ -34,6 +35,7 @@ from faq_onnx.graph.weights import find_initializer
 from faq_onnx.passes import (
     ActivationRequest,
     FoldScalesPass,
+    FuseAttentionPass,
     InsertActivationStatsPass,
     MatMulToNBitsPass,
     OnPass,
@@ -46,6 +48,8 @@ from faq_onnx.quant.formats import block_format, check_embedding_format, check_f
 from faq_onnx.quant.uniform import quantize_rtn
 
 __all__ = ["PassBuilder", "optimize"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def optimize(
@@ -86,11 +90,13 @@ class PassBuilder:
         """Taken when the first pass needs it; passes keep the names that it goes by."""
         return take_census(self._model, self._config)
 
-    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:
+    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: PLR0911  one a pass
         """The pass that a spec means for this model."""
         match wish:
             case spec.FoldScales():
                 return self._fold_scales(wish)
+            case spec.FuseAttention():
+                return self._fuse_attention(wish)
             case spec.InsertActivationStats():
                 return self._insert_activation_stats(wish)
             case spec.MatMulToNBits():
@@ -132,6 +138,12 @@ class PassBuilder:
         )
         scales = {each.name: np.full(each.in_features, scale, np.float32) for each in groups}
         return FoldScalesPass(self.census, plan, scales)
+
+    def _fuse_attention(self, wish: spec.FuseAttention) -> ir.passes.PassBase:
+        survey = find_attention(self._model, wish.positions or context_length(self._config))
+        for each in survey.declined:
+            _LOGGER.warning("fuse-attention: %s stays: %s", each.name, each.reason)
+        return FuseAttentionPass(survey.blocks)
 
     def _insert_activation_stats(self, wish: spec.InsertActivationStats) -> ir.passes.PassBase:
         outside = {site.name for site in self.census.sites if not site.in_subgraph}

@@ -12,6 +12,12 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from faq_onnx.passes.fold_scales import FoldScalesPass
+from faq_onnx.passes.fuse_attention import (
+    AttentionBlock,
+    FuseAttentionPass,
+    HeadRows,
+    RotaryTable,
+)
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
@@ -20,11 +26,15 @@ from faq_onnx.passes.run import OnPass, pass_name, run_passes
 __all__ = [
     "PASSES",
     "ActivationRequest",
+    "AttentionBlock",
     "FoldScalesPass",
+    "FuseAttentionPass",
+    "HeadRows",
     "InsertActivationStatsPass",
     "MatMulToNBitsPass",
     "OnPass",
     "QuantizeEmbeddingPass",
+    "RotaryTable",
     "pass_name",
     "run_passes",
 ]
@@ -32,6 +42,7 @@ __all__ = [
 PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
         "fold-scales": FoldScalesPass,
+        "fuse-attention": FuseAttentionPass,
         "insert-activation-stats": InsertActivationStatsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
         "quantize-embedding": QuantizeEmbeddingPass,

@@ -18,6 +18,7 @@ from faq_onnx.errors import ConfigError
 __all__ = [
     "SPECS",
     "FoldScales",
+    "FuseAttention",
     "ImportedPass",
     "InsertActivationStats",
     "MatMulToNBits",
@@ -46,6 +47,14 @@ class FoldScales(PassSpec):
     plan: str = ""
     scale: float = 0.0
     application: str = "fold"
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseAttention(PassSpec):
+    """Fuse what is proved to be causal attention; `positions` 0 takes config.json's number."""
+
+    name = "fuse-attention"
+    positions: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +109,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
         spec.name: spec
         for spec in (
             FoldScales,
+            FuseAttention,
             InsertActivationStats,
             MatMulToNBits,
             QuantizeEmbedding,

@@ -1,12 +1,20 @@
-"""What is in a model: linear sites, roles, scale groups, embeddings.
+"""What is in a model: linear sites, roles, scale groups, embeddings, attention.
 
 Reads graphs and changes none, but for `canonicalise`, which runs once after loading.
 """
 
 from __future__ import annotations
 
+from faq_onnx.analysis.attention_survey import AttentionSurvey, context_length, find_attention
 from faq_onnx.analysis.canonical import canonicalise
 from faq_onnx.analysis.census import take_census
 from faq_onnx.analysis.finite import check_finite
 
-__all__ = ["canonicalise", "check_finite", "take_census"]
+__all__ = [
+    "AttentionSurvey",
+    "canonicalise",
+    "check_finite",
+    "context_length",
+    "find_attention",
+    "take_census",
+]
