@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from faq_onnx.analysis import canonicalise, context_length, find_attention, take_census
+from faq_onnx.analysis import canonicalise, find_attention, take_census
 from faq_onnx.artifacts.plan import (
     BlockFormat,
     EmbeddingPlan,
@@ -28,6 +28,7 @@ from faq_onnx.artifacts.plan import (
     SitePlan,
 )
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus, WeightLayout
+from faq_onnx.artifacts.source import context_length
 from faq_onnx.artifacts.weights import QuantizedWeight
 from faq_onnx.errors import ConfigError
 from faq_onnx.graph.tensors import read_tensor

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from faq_onnx import budget_stages, checks, run_report, stages
+from faq_onnx import budget_stages, checks, package_stages, run_report, stages
+from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, StageTime, Totals
@@ -25,7 +26,6 @@ from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import PackageError
 from faq_onnx.export import resolve_source
-from faq_onnx.graph.io import save_model
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import (
     PlannedModel,
@@ -49,6 +49,7 @@ __all__ = [
     "convert",
     "export",
     "inspect",
+    "package",
     "plan",
     "preview",
     "verify",
@@ -56,8 +57,8 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 
-GENERATION_STEPS = 16
 _AXES = ("grid", "rounding", "path")
+_ANEW = ("calibration", "verify", "external_data", "fuse_attention")
 
 
 @dataclasses.dataclass
@@ -222,6 +223,30 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
         )
 
 
+def package(  # noqa: PLR0913 - one argument per option of the command
+    source: str,
+    output: Path,
+    *,
+    target: str = "genai",
+    fuse_attention: bool = True,
+    progress: Progress = SILENT,
+    force: bool = False,
+) -> PackageManifest:
+    """Make a folder for a runtime from a finished model, and try it there."""
+    origin = Path(source) if Path(source).exists() else None
+    with OutputFolder(output, origin, force) as out, _work_folder(None) as work:
+        manifest = package_stages.make_package(
+            resolve_source(source, work, progress),
+            out.path,
+            work,
+            target=target,
+            fuse_attention=fuse_attention,
+            progress=progress,
+        )
+        manifest.save(out.path / package_stages.MANIFEST_NAME)
+        return manifest
+
+
 def verify(
     output: Path, source: str | None = None, *, progress: Progress = SILENT
 ) -> VerificationReport:
@@ -260,7 +285,7 @@ def _as_planned(config: QuantizeConfig, plan: QuantPlan) -> QuantizeConfig:
     """The settings that a plan was made with; how to verify and to write is told anew."""
     if plan.config is None:
         return config
-    anew = {name: getattr(config, name) for name in ("calibration", "verify", "external_data")}
+    anew = {name: getattr(config, name) for name in _ANEW}
     return plan.config.model_copy(update=anew)
 
 
@@ -375,8 +400,13 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         )
         stages.rewrite(opened, planned, quantized.weights)
     with run.timed("save"):
-        size = save_model(
-            opened.model, folder / "model.onnx", external_data=run.config.external_data
+        saved = package_stages.save_package_model(
+            opened.model,
+            opened.source,
+            folder,
+            run.work,
+            fuse_attention=run.config.fuse_attention,
+            external_data=run.config.external_data,
         )
         copy_companions(opened.source, folder)
         write_genai_config(folder, opened.source, run.progress)
@@ -386,11 +416,17 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
             folder / "model.onnx", logits, quantized.errors, error, run.progress
         )
         notes = [*checks.judge(report, run.config, force=force)]
-        matches = _try_genai(run, folder, reference)
+        matches = _try_genai(run, folder, reference, saved.plain)
         notes += [checks.slow_note(report.structure), checks.generation_note(matches)]
-        notes += [checks.budget_note(planned.plan.trade_off, logits, size)]
+        notes += [checks.budget_note(planned.plan.trade_off, logits, saved.bytes)]
         notes = [note for note in notes if note]
-        report = report.model_copy(update={"notes": tuple(notes), "generation_matches": matches})
+        report = report.model_copy(
+            update={
+                "notes": tuple(notes),
+                "generation_matches": matches,
+                "attention": saved.fusion,
+            }
+        )
         for note in notes:
             run.progress.note(note)
     result = run_report.make_report(
@@ -399,7 +435,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         report,
         config=run.config,
         times=run.times,
-        totals=(source_bytes, size),
+        totals=(source_bytes, saved.bytes),
     )
     run_report.write_report(result, folder)
     return result
@@ -420,10 +456,10 @@ def _fold(
     return error
 
 
-def _try_genai(run: _Run, folder: Path, reference: ReferenceLogits) -> bool | None:
+def _try_genai(run: _Run, folder: Path, reference: ReferenceLogits, plain: Path) -> bool | None:
     prompt = [int(token) for token in reference.windows[0, :8]]
     with run.progress.stage("try onnxruntime-genai", 1, "runs") as advance:
-        matches = check_generation(folder, prompt, GENERATION_STEPS)
+        matches = check_generation(folder, prompt, package_stages.GENERATION_STEPS, plain)
         advance(1)
     return matches
 

@@ -54,6 +54,7 @@ __all__ = [
     "Quantized",
     "open_model",
     "quantize",
+    "read_config",
     "rewrite",
 ]
 
@@ -121,7 +122,7 @@ def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
     model = load_model(resolved.onnx_path)
     try:
         canonicalise(model)
-        census = take_census(model, _read_config(resolved))
+        census = take_census(model, read_config(resolved))
         check_finite(model, census)
     except FaqOnnxError as error:
         error.add_note(f"model: {resolved.onnx_path}")
@@ -366,7 +367,8 @@ def _gram(
     return gram if scale is None else scale_gram(gram, scale)
 
 
-def _read_config(source: SourceModel) -> Mapping[str, object] | None:
+def read_config(source: SourceModel) -> Mapping[str, object] | None:
+    """The parsed config.json, None where there is none."""
     path = source.companion("config.json")
     if path is None:
         return None

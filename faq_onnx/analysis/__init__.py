@@ -5,7 +5,7 @@ Reads graphs and changes none, but for `canonicalise`, which runs once after loa
 
 from __future__ import annotations
 
-from faq_onnx.analysis.attention_survey import AttentionSurvey, context_length, find_attention
+from faq_onnx.analysis.attention_survey import AttentionSurvey, find_attention
 from faq_onnx.analysis.canonical import canonicalise
 from faq_onnx.analysis.census import take_census
 from faq_onnx.analysis.finite import check_finite
@@ -14,7 +14,6 @@ __all__ = [
     "AttentionSurvey",
     "canonicalise",
     "check_finite",
-    "context_length",
     "find_attention",
     "take_census",
 ]

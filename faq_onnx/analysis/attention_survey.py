@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -13,13 +12,11 @@ from faq_onnx.analysis.operands import is_op
 from faq_onnx.analysis.paths import NoPath, describe
 from faq_onnx.passes.fuse_attention import AttentionBlock
 
-__all__ = ["AttentionSurvey", "Declined", "context_length", "find_attention"]
+__all__ = ["AttentionSurvey", "Declined", "find_attention"]
 
 _MASK = "attention_mask"
 _FUSED = "GroupQueryAttention"
 _OTHERS = ("Attention", "MultiHeadAttention", "SparseAttention")
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_DEFAULT_CONTEXT = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +45,6 @@ class AttentionSurvey:
     def layers(self) -> int:
         """All attention found."""
         return len(self.blocks) + len(self.declined) + self.fused
-
-
-def context_length(config: Mapping[str, object] | None) -> int:
-    """Positions that a model is made for, by its parsed config.json."""
-    values = ((config or {}).get(key) for key in _CONTEXT_KEYS)
-    return next((v for v in values if isinstance(v, int) and v > 0), _DEFAULT_CONTEXT)
 
 
 def find_attention(model: ir.Model, positions: int) -> AttentionSurvey:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from faq_onnx.artifacts.record import Record
 
-__all__ = ["SourceModel"]
+__all__ = ["SourceModel", "context_length"]
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_DEFAULT_CONTEXT = 2048
 
 
 class SourceModel(Record):
@@ -30,3 +34,9 @@ class SourceModel(Record):
             return None
         path = self.folder / name
         return path if path.is_file() else None
+
+
+def context_length(config: Mapping[str, object] | None) -> int:
+    """Positions that a model is made for, by its parsed config.json; 2048 where it is silent."""
+    values = ((config or {}).get(key) for key in _CONTEXT_KEYS)
+    return next((v for v in values if isinstance(v, int) and v > 0), _DEFAULT_CONTEXT)

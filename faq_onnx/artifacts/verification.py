@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from faq_onnx.artifacts.package import AttentionFusion
 from faq_onnx.artifacts.record import Record
 
 __all__ = ["KernelCheck", "LogitMetrics", "SiteError", "StructureCheck", "VerificationReport"]
@@ -66,7 +67,11 @@ class SiteError(Record):
 
 
 class VerificationReport(Record):
-    """All of it; `generation_matches` is None where onnxruntime-genai was not tried."""
+    """All of it.
+
+    `generation_matches` is None where onnxruntime-genai was not tried, `attention` where no
+    attention was looked for or found.
+    """
 
     structure: StructureCheck
     kernels: KernelCheck
@@ -74,4 +79,5 @@ class VerificationReport(Record):
     sites: tuple[SiteError, ...]
     fold_error: float | None = None
     generation_matches: bool | None = None
+    attention: AttentionFusion | None = None
     notes: tuple[str, ...] = ()

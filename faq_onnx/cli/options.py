@@ -63,6 +63,7 @@ QUANTIZATION = Group(
         "exclude": ("--exclude",),
         "accuracy_level": ("--accuracy-level",),
         "external_data": ("--external-data", "--no-external-data"),
+        "fuse_attention": ("--fuse-attention", "--no-fuse-attention"),
     },
 )
 CALIBRATION = Group(

@@ -58,7 +58,8 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)))
 ```
 
-Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model.
+Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model
+(position_ids is gone where attention counts positions itself).
 `report.json` has everything in this page, and more, for programs."""
 
 
@@ -185,6 +186,8 @@ def _quality(verification: VerificationReport | None) -> str:
     ]
     if verification.fold_error is not None:
         rows.append(f"| scale folding, float error | {verification.fold_error:.3g} |")
+    if verification.attention is not None:
+        rows.append(f"| attention | {verification.attention.text} |")
     if verification.generation_matches is not None:
         word = "equal" if verification.generation_matches else "DIFFERENT"
         rows.append(f"| greedy tokens, onnxruntime-genai against onnxruntime | {word} |")

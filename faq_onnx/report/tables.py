@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.plan import GroupPlan, QuantPlan
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, Totals
 from faq_onnx.artifacts.sites import EmbeddingSite, ModelCensus, ScaleGroup
@@ -215,8 +216,20 @@ def verification_text(verification: VerificationReport) -> str:
             f"top-1       {logits.top1_agreement:.1%} agreement with the source model",
             f"perplexity  {logits.perplexity:.3f} (source model {logits.perplexity_float:.3f})",
         ]
+    if verification.attention is not None:
+        lines.append(f"attention   {verification.attention.text}")
     lines.append(f"genai       {_generation(verification.generation_matches)}")
     lines += [f"note        {text}" for text in verification.notes]
+    return "\n".join(lines)
+
+
+def package_text(manifest: PackageManifest) -> str:
+    """What packaging did, in a few lines."""
+    lines = [f"model       {format_bytes(manifest.model_bytes)}"]
+    if manifest.attention is not None:
+        lines.append(f"attention   {manifest.attention.text}")
+    lines.append(f"genai       {_generation(manifest.generation_matches)}")
+    lines += [f"note        {text}" for text in manifest.notes]
     return "\n".join(lines)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.errors import ModelError, PackageError
 from faq_onnx.graph.io import load_model
 from faq_onnx.progress import Progress
+from faq_onnx.runtime.feeds import cache_position
 from faq_onnx.runtime.generate import generate_greedy
 from faq_onnx.runtime.session import open_session
 
@@ -37,8 +38,6 @@ _TYPES = frozenset(
     }
 )
 _GENERIC_TYPE = "decoder"
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_DEFAULT_CONTEXT = 2048
 _NEEDED_KEYS = ("hidden_size", "num_attention_heads", "vocab_size")
 _TRIAL_TIMEOUT_S = 600
 
@@ -99,7 +98,9 @@ def write_genai_config(folder: Path, source: SourceModel, progress: Progress) ->
     return _write_json(folder / CONFIG_NAME, content)
 
 
-def check_generation(folder: Path, prompt_ids: Sequence[int], steps: int) -> bool | None:
+def check_generation(
+    folder: Path, prompt_ids: Sequence[int], steps: int, plain: Path | None = None
+) -> bool | None:
     """Whether genai's greedy tokens equal those of a plain onnxruntime loop.
 
     genai runs in a process of its own: it crashes on what it does not like.
@@ -108,6 +109,7 @@ def check_generation(folder: Path, prompt_ids: Sequence[int], steps: int) -> boo
         folder: A package with genai_config.json.
         prompt_ids: At least one token id.
         steps: Tokens to generate; genai may stop earlier, at an end token.
+        plain: The model that the plain loop runs; None takes the package's own.
 
     Returns:
         None where genai is not installed, the folder has no genai_config.json, or the plain loop
@@ -121,7 +123,8 @@ def check_generation(folder: Path, prompt_ids: Sequence[int], steps: int) -> boo
     if not theirs:
         return False
     try:
-        ours = _generate_in_onnxruntime(folder / MODEL_NAME, prompt_ids, len(theirs))
+        path = folder / MODEL_NAME if plain is None else plain
+        ours = _generate_in_onnxruntime(path, prompt_ids, len(theirs))
     except ModelError as error:
         _LOGGER.warning("onnxruntime-genai runs, but there is nothing to compare: %s", error)
         return None
@@ -174,7 +177,7 @@ def _model_section(
     return {
         # genai reads a missing id as "there is none", and refuses null.
         **{name: token for name, token in tokens.items() if token is not None},
-        "context_length": _context_length(config),
+        "context_length": context_length(config),
         "type": kind if kind in _TYPES else _GENERIC_TYPE,
         "vocab_size": config["vocab_size"],
         "decoder": {
@@ -202,7 +205,7 @@ def _search_section(
 ) -> dict[str, Any]:
     return {
         "do_sample": bool(generation.get("do_sample", False)),
-        "max_length": _context_length(config),
+        "max_length": context_length(config),
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
@@ -268,12 +271,10 @@ def _static(shape: ir.Shape | None, axis: int) -> int | None:
 
 
 def _can_share_buffer(graph: ir.Graph) -> bool:
-    kinds = [n.op_type for n in graph if n.op_type in {"GroupQueryAttention", "Attention"}]
-    return bool(kinds) and set(kinds) == {"GroupQueryAttention"}
-
-
-def _context_length(config: Mapping[str, Any]) -> int:
-    return next((int(config[k]) for k in _CONTEXT_KEYS if config.get(k)), _DEFAULT_CONTEXT)
+    """Whether every cache goes straight into the operator that can write in place."""
+    past = [value for value in graph.inputs if cache_position(value.name or "") is not None]
+    readers = {use.node.op_type for value in past for use in value.uses()}
+    return readers == {"GroupQueryAttention"}
 
 
 def _first_of(configs: Sequence[Mapping[str, Any]], key: str) -> Any:

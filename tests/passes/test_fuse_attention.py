@@ -12,7 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from faq_onnx.analysis import canonicalise, context_length, find_attention
+from faq_onnx.analysis import canonicalise, find_attention
+from faq_onnx.artifacts.source import context_length
 from faq_onnx.errors import RewriteError, UnsupportedModelError
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.opt import optimize

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from faq_onnx.analysis import AttentionSurvey, canonicalise, context_length, find_attention
+from faq_onnx.analysis import AttentionSurvey, canonicalise, find_attention
 from faq_onnx.graph.io import load_model
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx
 
@@ -122,13 +122,3 @@ def test_fused_attention_is_counted() -> None:
 def test_heads_that_the_kernel_cannot_rotate_are_declined() -> None:
     found = find_attention(tiny_llama_onnx(TinyLlama(hidden=32)), 64)
     assert "multiple of 16, these have 8" in found.declined[0].reason
-
-
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [(None, 2048), ({"max_position_embeddings": 512}, 512), ({"n_positions": "?"}, 2048)],
-)
-def test_the_context_length_comes_from_the_config(
-    config: dict[str, object] | None, length: int
-) -> None:
-    assert context_length(config) == length

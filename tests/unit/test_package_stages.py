@@ -1,0 +1,77 @@
+"""A model is fused into its folder, or written as it came, and the difference is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from faq_onnx import package_stages
+from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.package_stages import fusion_error, save_package_model, trial_tokens
+from faq_onnx.testing import TinyLlama, tiny_llama_onnx, write_tiny_llama
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceModel:
+    path = write_tiny_llama(tmp_path / "source")
+    return SourceModel(given="source", onnx_path=path, folder=path.parent)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    made = tmp_path / "out", tmp_path / "work"
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
+def test_the_model_as_it_came_is_kept_beside(
+    source: SourceModel, folders: tuple[Path, Path]
+) -> None:
+    out, work = folders
+    saved = save_package_model(load_model(source.onnx_path), source, *folders, fuse_attention=True)
+    assert saved.fusion is not None
+    assert saved.fusion.fused == 2
+    assert saved.plain.is_relative_to(work)
+    tokens = trial_tokens({"vocab_size": 288})
+    assert saved.fusion.error == fusion_error(saved.plain, out / "model.onnx", tokens)
+    assert saved.bytes == (out / "model.onnx").stat().st_size
+
+
+def test_a_fused_model_that_computes_something_else_is_not_kept(
+    source: SourceModel, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_stages, "fold_tolerance", lambda *_: -1.0)
+    saved = save_package_model(load_model(source.onnx_path), source, *folders, fuse_attention=True)
+    out, _ = folders
+    assert saved.plain == out / "model.onnx"
+    assert saved.fusion is not None
+    assert saved.fusion.fused == 0
+    assert "logits differ by" in saved.fusion.text
+    kinds = {node.op_type for node in load_model(out / "model.onnx").graph}
+    assert "Softmax" in kinds
+
+
+def test_without_a_config_nobody_knows_how_long_texts_may_be(
+    source: SourceModel, folders: tuple[Path, Path]
+) -> None:
+    bare = source.model_copy(update={"folder": None})
+    saved = save_package_model(load_model(source.onnx_path), bare, *folders, fuse_attention=True)
+    assert saved.fusion is None
+    assert saved.plain == folders[0] / "model.onnx"
+
+
+def test_the_error_is_that_of_logits_with_and_behind_a_cache(tmp_path: Path) -> None:
+    paths = []
+    for seed in (0, 1):
+        model: ir.Model = tiny_llama_onnx(TinyLlama(seed=seed))
+        paths.append(tmp_path / f"{seed}.onnx")
+        save_model(model, paths[-1])
+    tokens = trial_tokens({"vocab_size": 288})
+    assert fusion_error(paths[0], paths[0], tokens) == 0
+    assert fusion_error(paths[0], paths[1], tokens) > 0.1
+    assert np.array_equal(tokens, trial_tokens({"vocab_size": 288}))
