@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from faq_onnx.analysis import AttentionSurvey, canonicalise, find_attention
-from faq_onnx.analysis.operands import FLOAT_TYPES
+from faq_onnx.analysis.operands import FLOAT_TYPES, dims
 from faq_onnx.artifacts.package import AttentionFusion, PackageManifest
 from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.checks import fold_tolerance, generation_note
@@ -33,6 +33,7 @@ __all__ = [
     "SavedModel",
     "fusion_error",
     "make_package",
+    "rotary_table_bytes",
     "save_package_model",
     "trial_tokens",
 ]
@@ -108,6 +109,21 @@ def save_package_model(  # noqa: PLR0913 - two places and two options
         fused=survey.fused, layers=survey.layers, declined=(("the whole model", reason),)
     )
     return SavedModel(plain_size, target, fusion)
+
+
+def rotary_table_bytes(model: ir.Model, source: SourceModel) -> int:
+    """About what the tables of fused attention will add to the file, known before fusing.
+
+    One pair of tables for each cosine that the graph computes now, in the type of the cache.
+    """
+    config = read_config(source)
+    cache = [v for v in model.graph.inputs if cache_position(v.name or "") is not None]
+    widths = [(dims(value) or (None,))[-1] or 0 for value in cache]
+    if config is None or not widths:
+        return 0
+    rotations = sum(node.op_type == "Cos" for node in model.graph)
+    size = max(value.dtype.itemsize for value in cache if value.dtype is not None)
+    return int(rotations * context_length(config) * max(widths) * size)
 
 
 def make_package(  # noqa: PLR0913 - one argument per option, and the places

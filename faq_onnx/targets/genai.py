@@ -24,7 +24,7 @@ from faq_onnx.runtime.feeds import cache_position
 from faq_onnx.runtime.generate import generate_greedy
 from faq_onnx.runtime.session import open_session
 
-__all__ = ["check_generation", "write_genai_config"]
+__all__ = ["CONFIG_NAME", "check_generation", "write_genai_config"]
 
 _LOGGER = logging.getLogger(__name__)
 CONFIG_NAME = "genai_config.json"

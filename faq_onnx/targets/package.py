@@ -17,6 +17,7 @@ from typing import Self
 
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.errors import PackageError
+from faq_onnx.targets.tokenizer import mend_tokenizer
 
 __all__ = ["OutputFolder", "check_free_space", "copy_companions", "name_full_disk"]
 
@@ -175,7 +176,10 @@ def name_full_disk(folder: Path) -> Iterator[None]:
 
 
 def copy_companions(source: SourceModel, folder: Path) -> tuple[str, ...]:
-    """Copy config, tokenizer and licence files of the source; returns the names copied."""
+    """Copy config, tokenizer and licence files of the source; returns the names copied.
+
+    The tokenizer is mended where genai would misread it.
+    """
     names = list(_COMPANIONS)
     if source.companion("tokenizer.json") is None:
         names.extend(_OLD_TOKENIZERS)
@@ -185,6 +189,7 @@ def copy_companions(source: SourceModel, folder: Path) -> tuple[str, ...]:
         if path is not None:
             shutil.copyfile(path, folder / name)
             copied.append(name)
+    mend_tokenizer(folder)
     _LOGGER.debug("copied %s", ", ".join(copied) or "no companions")
     return tuple(copied)
 

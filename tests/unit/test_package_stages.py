@@ -11,7 +11,12 @@ import pytest
 from faq_onnx import package_stages
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.graph.io import load_model, save_model
-from faq_onnx.package_stages import fusion_error, save_package_model, trial_tokens
+from faq_onnx.package_stages import (
+    fusion_error,
+    rotary_table_bytes,
+    save_package_model,
+    trial_tokens,
+)
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx, write_tiny_llama
 
 
@@ -75,3 +80,14 @@ def test_the_error_is_that_of_logits_with_and_behind_a_cache(tmp_path: Path) -> 
     assert fusion_error(paths[0], paths[0], tokens) == 0
     assert fusion_error(paths[0], paths[1], tokens) > 0.1
     assert np.array_equal(tokens, trial_tokens({"vocab_size": 288}))
+
+
+def test_the_room_of_rotary_tables_is_known_before(
+    source: SourceModel, folders: tuple[Path, Path]
+) -> None:
+    expected = rotary_table_bytes(load_model(source.onnx_path), source)
+    save_package_model(load_model(source.onnx_path), source, *folders, fuse_attention=True)
+    fused = load_model(folders[0] / "model.onnx").graph.initializers
+    tables = [fused[name].const_value for name in ("cos_cache", "sin_cache")]
+    assert sum(tensor.nbytes for tensor in tables if tensor is not None) == expected > 0
+    assert rotary_table_bytes(tiny_llama_onnx(), source.model_copy(update={"folder": None})) == 0
