@@ -22,7 +22,7 @@ from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.passes import FuseAttentionPass, run_passes
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
-from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.runtime.session import FLOAT_KERNELS, open_session, run_session
 from faq_onnx.stages import read_config
 from faq_onnx.targets.genai import check_generation, write_genai_config
 from faq_onnx.targets.package import copy_companions
@@ -42,9 +42,6 @@ MODEL_NAME = "model.onnx"
 MANIFEST_NAME = "package.json"
 GENERATION_STEPS = 16
 TRIAL_PROMPT = 8
-# With int8 activations a difference of one epsilon may move a rounding: turning onnxruntime's own
-# optimizations off moves SmolLM2's logits by 4e-2. So fusing is judged with float32 kernels.
-_FLOAT_KERNELS = {"mlas.qnbit.force_fp32": "1"}
 CACHED_STEPS = 3
 TRIAL_TOKENS = 24
 
@@ -192,7 +189,7 @@ def trial_tokens(config: Mapping[str, object] | None) -> npt.NDArray[np.int64]:
 
 def _cached_logits(path: Path, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
     """Logits of a prompt, and of single tokens that follow it."""
-    session = open_session(path, config=_FLOAT_KERNELS)
+    session = open_session(path, config=FLOAT_KERNELS)
     presents = {cache_position(value.name): value.name for value in session.get_outputs()}
     pasts = {
         value.name: presents[cache_position(value.name)]

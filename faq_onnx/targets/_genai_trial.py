@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
+from faq_onnx.runtime.session import FLOAT_KERNELS
+
 __all__ = ["main"]
 
 
@@ -16,7 +18,10 @@ def main(folder: str, steps: int) -> None:
     import onnxruntime_genai as og  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
 
     prompt = json.loads(sys.stdin.read())
-    model = og.Model(folder)
+    config = og.Config(folder)
+    options = {"session_options": dict(FLOAT_KERNELS)}
+    config.overlay(json.dumps({"model": {"decoder": options}}))
+    model = og.Model(config)
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + steps, do_sample=False)
     generator = og.Generator(model, parameters)

@@ -22,7 +22,7 @@ from faq_onnx.graph.io import load_model
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import cache_position
 from faq_onnx.runtime.generate import generate_greedy
-from faq_onnx.runtime.session import open_session
+from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
 
 __all__ = ["CONFIG_NAME", "check_generation", "write_genai_config"]
 
@@ -103,7 +103,8 @@ def check_generation(
 ) -> bool | None:
     """Whether genai's greedy tokens equal those of a plain onnxruntime loop.
 
-    genai runs in a process of its own: it crashes on what it does not like.
+    genai runs in a process of its own: it crashes on what it does not like. Low-bit nodes compute
+    in float32 on both sides, since int8 activations make two equal graphs differ at near ties.
 
     Args:
         folder: A package with genai_config.json.
@@ -156,7 +157,7 @@ def _generate_in_genai(folder: Path, prompt_ids: Sequence[int], steps: int) -> l
 
 
 def _generate_in_onnxruntime(path: Path, prompt_ids: Sequence[int], steps: int) -> list[int]:
-    session = open_session(path)
+    session = open_session(path, config=FLOAT_KERNELS)
     return list(generate_greedy(session, np.asarray(prompt_ids, np.int64), steps))
 
 
