@@ -42,7 +42,7 @@ _ROUNDINGS = {
 
 _RUN_IT = """## Run it
 
-With `pip install onnxruntime-genai` (in this folder):
+With `pip install 'faq-onnx[genai]'`: `faq-onnx chat .`, or in Python (in this folder):
 
 ```python
 import onnxruntime_genai as og
