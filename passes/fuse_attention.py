@@ -23,7 +23,7 @@ from faq_onnx.passes.nodes import (
 
 __all__ = ["AttentionBlock", "FuseAttentionPass", "HeadRows", "RotaryTable"]
 
-_MASK, _POSITIONS = "attention_mask", "position_ids"
+_MASK = "attention_mask"
 _SCOPE = "/faq_onnx/attention"  # names of the nodes that all layers share
 
 
@@ -88,8 +88,9 @@ class AttentionBlock:
 class FuseAttentionPass(ir.passes.InPlacePass):
     """Compute each block in one GroupQueryAttention node, which can share its cache's buffer.
 
-    1. Graph inputs and outputs keep their names, but for position_ids: it goes if nothing reads
-       it any more, since the operator counts positions from the mask.
+    1. Graph inputs and outputs stay as they are. Nothing may read position_ids any more, since the
+       operator counts positions from the mask; the input stays, because optimum warns about
+       decoders without it.
     2. Lengths are taken from attention_mask once for all blocks. Rows may be padded behind their
        text. Padding in front would be attended to, so it makes the operator fail: a length of
        zero is sent instead.
@@ -131,9 +132,6 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         for block in pending:
             graph.fuse(block)
         common.RemoveUnusedNodesPass()(model)
-        positions = next((v for v in model.graph.inputs if v.name == _POSITIONS), None)
-        if positions is not None and not positions.uses():
-            model.graph.inputs.remove(positions)
         import_microsoft_domain(model)
         return ir.passes.PassResult(model, modified=True)
 

@@ -58,8 +58,7 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)))
 ```
 
-Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model
-(position_ids is gone where attention counts positions itself).
+Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model.
 `report.json` has everything in this page, and more, for programs."""
 
 
