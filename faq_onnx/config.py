@@ -147,7 +147,7 @@ class RoundingConfig(_Section):
     """How far the Gram matrix of grids and rounding is drawn to its diagonal: more, where texts of
     the application may differ from the calibration's.
     """
-    attention_aware: bool = True
+    attention_aware: bool = False
     """On the low-bit path, round q, k and v for what attention makes of their errors (BoA)."""
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""

@@ -483,7 +483,7 @@ def test_settings_of_the_low_bit_path_change_the_result(
         "default": (),
         "float path": ("--path", "float"),
         "no correction": ("--no-correct",),
-        "attention ignored": ("--no-attention-aware",),
+        "attention in view": ("--attention-aware",),
         "more shrinkage": ("--shrinkage", "0.5"),
         "clipped": ("--grid", "clip"),
         "nearest": ("--rounding", "nearest"),

@@ -53,7 +53,7 @@ def test_method_settings() -> None:
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
         *("--scales", "awq", "--grid-points", "10"),
         *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-share", "0.25"),
-        *("--shrinkage", ".02", "--no-correct"),
+        *("--shrinkage", ".02", "--no-correct", "--attention-aware"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
     assert config.faq.model_dump() == {
@@ -75,6 +75,7 @@ def test_method_settings() -> None:
         "path": "low-bit",
         "path_share": 0.25,
         "shrinkage": 0.02,
+        "attention_aware": True,
         "correct": False,
     }
     assert config.axes == Axes("awq", "minmax", "gptq", "low-bit")

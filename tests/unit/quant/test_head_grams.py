@@ -108,7 +108,8 @@ ROTARIES = [(SIZE, False), (SIZE, True), (SIZE // 2, False), (SIZE // 4, True)]
 def _turned(before: Doubles, rotary: Rotary) -> Doubles:
     """[sequences, heads, tokens, SIZE], rotated position by position."""
     turns = np.stack([_rotation(rotary, t) for t in range(before.shape[2])])
-    return np.einsum("tij,bhtj->bhti", turns, before)
+    turned: Doubles = np.einsum("tij,bhtj->bhti", turns, before)
+    return turned
 
 
 @pytest.mark.parametrize(("channels", "interleaved"), ROTARIES)
