@@ -40,31 +40,44 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreSites:
+    """The projections behind the scores.
+
+    Attributes:
+        q: Site that projects queries.
+        k: Site that projects keys.
+        outputs: Values behind q and k (and their biases), [B, S, heads * d], or B and S joined.
+        operands: The factors of the scores, [B, heads, S, d] and [B, heads, d, S].
+    """
+
+    q: str
+    k: str
+    outputs: tuple[str, str]
+    operands: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSites:
     """One attention, from its projections to its weights.
 
     Attributes:
         v: Site that projects values and nothing else.
-        q: Site that projects queries, if k is known too; else both are None.
-        k: Site that projects keys.
-        outputs: Values behind q and k (and their biases), [B, S, heads * d], or B and S joined.
-        operands: The factors of the scores, [B, heads, S, d] and [B, heads, d, S].
         weights: Value of the attention weights, [B, heads, S, S].
         repeats: Query heads that read one value head.
+        scores: None where the way to the projections of queries and keys is unclear.
     """
 
     v: str
-    q: str | None
-    k: str | None
-    outputs: tuple[str, ...]
-    operands: tuple[str, ...]
     weights: str
     repeats: int
+    scores: ScoreSites | None
 
     @property
     def values(self) -> tuple[str, ...]:
         """All values that have to be computed."""
-        return (self.weights, *self.outputs, *self.operands)
+        if self.scores is None:
+            return (self.weights,)
+        return (self.weights, *self.scores.outputs, *self.scores.operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,40 +104,32 @@ def attention_sites(
         if absorber.kind is not AbsorberKind.LINEAR or absorber.site not in group.sites:
             continue
         rows = reader.in_features // absorber.repeats
-        product = _back(values[reader.input], _KEEPS_NUMBERS)
+        product = _find(values[reader.input], "MatMul", _KEEPS_NUMBERS)
         if absorber.row_start or census.site(absorber.site).out_features != rows or not product:
             return None  # packed with queries and keys, or fused
         weights = product.inputs[0]
         if weights is None or weights.name is None:
             return None
-        q, k, outputs, operands = _scores(census, values, group, weights)
-        return AttentionSites(
-            absorber.site, q, k, outputs, operands, weights.name, absorber.repeats
-        )
+        scores = _scores(census, values, group, weights)
+        return AttentionSites(absorber.site, weights.name, absorber.repeats, scores)
     return None
-
-
-_Scores = tuple[str | None, str | None, tuple[str, ...], tuple[str, ...]]
 
 
 def _scores(
     census: ModelCensus, values: Mapping[str, ir.Value], group: ScaleGroup, weights: ir.Value
-) -> _Scores:
-    """Sites of q and k, the values behind them, the operands of the scores; empty if unclear."""
-    sites = [census.site(name) for name in group.sites]
-    found = [
-        [site for site in sites if site.role is role]
-        for role in (LinearRole.Q_PROJ, LinearRole.K_PROJ)
-    ]
+) -> ScoreSites | None:
     softmax = _find(weights, "Softmax", _AFTER_SOFTMAX)
     before = None if softmax is None else softmax.inputs[0]
     product = None if before is None else _find(before, "MatMul", _SCORE_STEPS)
-    if product is None or any(len(own) != 1 for own in found):
-        return None, None, (), ()
-    operands = tuple(str(value.name) for value in product.inputs if value is not None)
-    projections = [own[0] for own in found]
-    outputs = tuple(_with_bias(values[site.output], site.bias) for site in projections)
-    return projections[0].name, projections[1].name, outputs, operands
+    sites = [census.site(name) for name in group.sites]
+    queries = [site for site in sites if site.role is LinearRole.Q_PROJ]
+    keys = [site for site in sites if site.role is LinearRole.K_PROJ]
+    if product is None or len(queries) != 1 or len(keys) != 1:
+        return None
+    (q,), (k,) = queries, keys
+    left, right = (str(value.name) for value in product.inputs if value is not None)
+    outputs = (_with_bias(values[q.output], q.bias), _with_bias(values[k.output], k.bias))
+    return ScoreSites(q.name, k.name, outputs, (left, right))
 
 
 def _with_bias(output: ir.Value, bias: str | None) -> str:
@@ -135,35 +140,16 @@ def _with_bias(output: ir.Value, bias: str | None) -> str:
     return str(output.name)
 
 
-def _back(value: ir.Value, steps: frozenset[str]) -> ir.Node | None:
-    """The MatMul that makes `value`, over nodes that only change its form."""
-    return _find(value, "MatMul", steps)
-
-
-def _find(value: ir.Value, wanted: str, steps: frozenset[str]) -> ir.Node | None:
-    """The nearest `wanted` on the way back over `steps`, along the operand that varies."""
+def _find(value: ir.Value, wanted: str, steps: frozenset[str], depth: int = 8) -> ir.Node | None:
+    """The one `wanted` on the ways back over `steps`; None where there is none, or several."""
     node = value.producer()
-    while node is not None and node.op_type != wanted:
-        if node.op_type not in steps:
-            return None
-        ways = [operand for operand in node.inputs if operand is not None and operand.producer()]
-        ahead = [way for way in ways if _leads_to(way, wanted, steps)]
-        if len(ahead) != 1:
-            return None
-        node = ahead[0].producer()
-    return node
-
-
-def _leads_to(value: ir.Value, wanted: str, steps: frozenset[str], depth: int = 8) -> bool:
-    node = value.producer()
-    if node is None or depth == 0:
-        return False
-    if node.op_type == wanted:
-        return True
-    return node.op_type in steps and any(
-        operand is not None and _leads_to(operand, wanted, steps, depth - 1)
-        for operand in node.inputs
-    )
+    if node is None or node.op_type == wanted:
+        return node
+    if node.op_type not in steps or depth == 0:
+        return None
+    ways = [_find(way, wanted, steps, depth - 1) for way in node.inputs if way is not None]
+    found = [way for way in ways if way is not None]
+    return found[0] if len(found) == 1 else None
 
 
 @dataclasses.dataclass
@@ -179,7 +165,6 @@ class Attended:
     _queries: Doubles | None = None
     _keys: Doubles | None = None
     _rotary: Rotary | None = None
-    _declined: bool = False
     _sequences: int = 0
     _length: int = 0
 
@@ -193,19 +178,19 @@ class Attended:
         for weights, x in zip(seen[self.sites.weights], inputs, strict=True):
             gram = attended_gram(weights, x, len(weights) // self.sites.repeats)
             self._inputs = gram if self._inputs is None else self._inputs + gram
+        is_first = self._sequences == 0
         self._sequences += len(inputs)
         self._length = inputs.shape[1]
-        if self.sites.q is not None and not self._declined:
-            self._add_scores(seen)
+        if self.sites.scores is not None:
+            self._add_scores(self.sites.scores, seen, is_first=is_first)
 
-    def _add_scores(self, seen: Mapping[str, Array]) -> None:
-        queries, keys = (seen[name] for name in self.sites.operands)
+    def _add_scores(self, sites: ScoreSites, seen: Mapping[str, Array], *, is_first: bool) -> None:
+        queries, keys = (seen[name] for name in sites.operands)
         keys = keys.transpose(0, 1, 3, 2)[:, :: self.sites.repeats]
+        if is_first:
+            self._rotary = _fit(sites, seen, queries, keys)
         if self._rotary is None:
-            self._rotary = self._fit(seen, queries, keys)
-            self._declined = self._rotary is None
-            if self._declined:
-                return
+            return  # declined by the first sequences
         covariances = [
             len(each) * head_covariance(each.transpose(0, 2, 1, 3).reshape(-1, *each.shape[1::2]))
             for each in (queries, keys)
@@ -213,28 +198,31 @@ class Attended:
         self._queries = covariances[0] + (0 if self._queries is None else self._queries)
         self._keys = covariances[1] + (0 if self._keys is None else self._keys)
 
-    def _fit(self, seen: Mapping[str, Array], queries: Array, keys: Array) -> Rotary | None:
-        """What turns q, if a rotation explains both operands."""
-        before = [
-            seen[name].reshape(*after.shape[::2], after.shape[1], -1).transpose(0, 2, 1, 3)
-            for after, name in zip((queries, keys), self.sites.outputs, strict=True)
-        ]
-        rotary = fit_rotary(before[0], queries)
-        if rotary is None or not is_rotated(before[1], keys, rotary):
-            return None
-        return rotary
-
     def moments(self) -> AttentionMoments:
         """Means over all sequences."""
         assert self._inputs is not None
         inputs = {self.sites.v: (self._inputs / self._sequences).astype(np.float32)}
-        q, k = self.sites.q, self.sites.k
-        if self._declined or q is None or k is None or self._queries is None or self._keys is None:
+        scores = self.sites.scores
+        if scores is None or self._queries is None or self._keys is None:
             return AttentionMoments(inputs)
         positions = np.arange(self._length)
         keys, queries = self._keys / self._sequences, self._queries / self._sequences
         rows = {
-            q: query_metric(keys, positions, self._rotary, len(queries)),
-            k: key_metric(queries, positions, self._rotary, len(keys)),
+            scores.q: query_metric(keys, positions, self._rotary, len(queries)),
+            scores.k: key_metric(queries, positions, self._rotary, len(keys)),
         }
         return AttentionMoments(inputs, rows)
+
+
+def _fit(
+    sites: ScoreSites, seen: Mapping[str, Array], queries: Array, keys: Array
+) -> Rotary | None:
+    """What turns q, if a rotation explains both operands, [B, heads, S, d]."""
+    before = [
+        seen[name].reshape(*after.shape[::2], after.shape[1], -1).transpose(0, 2, 1, 3)
+        for after, name in zip((queries, keys), sites.outputs, strict=True)
+    ]
+    rotary = fit_rotary(before[0], queries)
+    if rotary is None or not is_rotated(before[1], keys, rotary):
+        return None
+    return rotary

@@ -307,7 +307,7 @@ class PairedWalk:
             tokens += batch.ids.size
             inputs = _rows(self._read(part, stop.value, batch, low_bit=True))
             results = self._run(session, part, batch, names, low_bit=False)
-            seen = {n: r.astype(np.float32) for n, r in zip(names, results, strict=True)}
+            seen = {n: np.asarray(r, np.float32) for n, r in zip(names, results, strict=True)}
             sums.add(seen, inputs.reshape(*batch.ids.shape, -1))
         return sums.moments()
 
