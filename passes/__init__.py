@@ -18,10 +18,12 @@ from faq_onnx.passes.fuse_attention import (
     HeadRows,
     RotaryTable,
 )
+from faq_onnx.passes.fuse_norms import FuseNormsPass
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
+from faq_onnx.passes.static_shapes import StaticShapesPass
 
 __all__ = [
     "PASSES",
@@ -29,12 +31,14 @@ __all__ = [
     "AttentionBlock",
     "FoldScalesPass",
     "FuseAttentionPass",
+    "FuseNormsPass",
     "HeadRows",
     "InsertActivationStatsPass",
     "MatMulToNBitsPass",
     "OnPass",
     "QuantizeEmbeddingPass",
     "RotaryTable",
+    "StaticShapesPass",
     "pass_name",
     "run_passes",
 ]
@@ -43,9 +47,11 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
         "fold-scales": FoldScalesPass,
         "fuse-attention": FuseAttentionPass,
+        "fuse-norms": FuseNormsPass,
         "insert-activation-stats": InsertActivationStatsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
         "quantize-embedding": QuantizeEmbeddingPass,
+        "static-shapes": StaticShapesPass,
     }
 )
 """Every pass of this room by the name that text pipelines and messages use."""
