@@ -115,7 +115,7 @@ def plan_under_budget(
     )
     budget = parse_budget(config.budget)
     large = budget.kind is BudgetKind.BYTES and budget.limit >= INLINE_LIMIT_BYTES
-    other_bytes = opened.other_bytes(external=config.external_data or large)
+    other_bytes = opened.other_bytes(config.block_scales, external=config.external_data or large)
     if config.fuse_attention:
         other_bytes += rotary_table_bytes(opened.model, opened.source)
     return make_plan(

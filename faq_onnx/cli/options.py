@@ -58,6 +58,7 @@ QUANTIZATION = Group(
         "bits": ("--bits",),
         "block_size": ("--block-size",),
         "symmetric": ("--symmetric", "--asymmetric"),
+        "block_scales": ("--block-scales",),
         "lm_head": ("--lm-head",),
         "embedding": ("--embedding",),
         "exclude": ("--exclude",),
