@@ -22,6 +22,8 @@ __all__ = ["ScaleUnit", "storable_scale"]
 Floats = npt.NDArray[np.float32]
 
 BYTE_MULTIPLES, SIGNED_BYTE_MULTIPLES = 255, 127
+# Searches and refits also look at scales above the one that covers the block.
+HEADROOM = np.float32(1.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,13 @@ class ScaleUnit:
 
     @classmethod
     def of(cls, scale: Floats, fmt: BlockFormat, dtype: npt.DTypeLike) -> ScaleUnit | None:
-        """Units under which the largest of the scales [N, k_blocks] is the largest multiple.
+        """Units under which scales [N, k_blocks], and somewhat larger ones, can be stored.
 
         None where the format stores scales as they are.
         """
         if fmt.block_scales == "float":
             return None
-        unit = np.abs(scale).max(axis=1, keepdims=True) / np.float32(_largest(fmt))
+        unit = np.abs(scale).max(axis=1, keepdims=True) * (HEADROOM / np.float32(_largest(fmt)))
         return cls.stored(storable_scale(unit, dtype).astype(dtype), fmt)
 
     @classmethod

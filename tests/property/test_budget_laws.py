@@ -170,7 +170,13 @@ def test_the_smallest_value_in_the_message_can_be_met(
     st.sampled_from(get_args(BlockScales)),
 )
 def test_weight_bytes_are_those_of_a_quantized_weight(  # noqa: PLR0913, PLR0917
-    rows: int, columns: int, bits: int, block: int, symmetric: bool, dtype: type, scales: BlockScales
+    rows: int,
+    columns: int,
+    bits: int,
+    block: int,
+    symmetric: bool,
+    dtype: type,
+    scales: BlockScales,
 ) -> None:
     fmt = block_format(bits, block, symmetric, scales)
     weight = np.random.default_rng(columns).normal(size=(rows, columns))
