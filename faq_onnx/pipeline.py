@@ -418,6 +418,7 @@ def _apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         notes = [*checks.judge(report, run.config, force=force)]
         matches = _try_genai(run, folder, reference, saved.plain)
         notes += [checks.slow_note(report.structure), checks.generation_note(matches)]
+        notes += [checks.scales_note(run.config)]
         notes += [checks.budget_note(planned.plan.trade_off, logits, saved.bytes)]
         notes = [note for note in notes if note]
         report = report.model_copy(
