@@ -24,7 +24,15 @@ from faq_onnx.verify.kernels import check_kernels
 from faq_onnx.verify.logits import LogitComparison
 from faq_onnx.verify.structure import check_structure
 
-__all__ = ["budget_note", "compare_to_reference", "fold_error", "judge", "verify_file"]
+__all__ = [
+    "budget_note",
+    "compare_to_reference",
+    "fold_error",
+    "judge",
+    "scales_note",
+    "slow_note",
+    "verify_file",
+]
 
 WORST_SITES = 5
 KL_MARGIN = 0.95  # of what is asked for after a KL was not kept
@@ -189,6 +197,17 @@ def budget_note(trade_off: TradeOff | None, logits: LogitMetrics | None, size: i
             f"allows {trade_off.limit:.0f}; ask for --budget {wish / 1e6:.6g}MB"
         )
     return ""
+
+
+def scales_note(config: QuantizeConfig) -> str:
+    """A sentence about what scales in 8 bits ask of who loads the model, "" for float ones."""
+    if config.block_scales == "float":
+        return ""
+    return (
+        "block scales are multiplied out when the model is loaded: leave onnxruntime's graph "
+        "optimizations on, as they are by default; under ORT_DISABLE_ALL its int8 kernels give "
+        "wrong numbers"
+    )
 
 
 def slow_note(structure: StructureCheck | None) -> str:

@@ -183,7 +183,7 @@ class Run:
             path = folder / MODEL_NAME
             report = checks.verify_file(path, logits, errors, error, self.progress)
             notes = [*checks.judge(report, self.config, force=self.force)]
-            notes += [checks.slow_note(report.structure)]
+            notes += [checks.slow_note(report.structure), checks.scales_note(self.config)]
             notes += [checks.budget_note(planned.plan.trade_off, logits, saved.bytes)]
         with self.timed("package"):
             finished = package_stages.Finished(opened.source, folder, self.work, saved)

@@ -128,9 +128,10 @@ def _done(report: RunReport) -> str:
 
 
 def _formats(config: QuantizeConfig) -> str:
+    scales = "" if config.block_scales == "float" else f", block scales in {config.block_scales}"
     if config.budget is not None:
-        return f"2, 4 and 8 bits mixed under a budget of {config.budget}"
-    return f"{config.bits}-bit codes, blocks of {config.block_size}"
+        return f"2, 4 and 8 bits mixed under a budget of {config.budget}{scales}"
+    return f"{config.bits}-bit codes, blocks of {config.block_size}{scales}"
 
 
 def _head_format(config: QuantizeConfig) -> str:
