@@ -20,8 +20,8 @@ from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import ConfigError
+from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.graph.io import INLINE_LIMIT_BYTES
-from faq_onnx.package_stages import rotary_table_bytes
 from faq_onnx.planning.budget import BudgetKind, parse_budget
 from faq_onnx.planning.planner import PlannedModel, make_plan
 from faq_onnx.planning.prediction import COARSE_NAME, CoarseRounding

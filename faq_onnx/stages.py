@@ -52,10 +52,12 @@ from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 __all__ = [
     "OpenedModel",
     "Quantized",
+    "load_source",
     "open_model",
     "quantize",
     "read_config",
     "rewrite",
+    "understand",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -119,11 +121,25 @@ class OpenedModel:
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
-    """Resolve, load, canonicalise and take stock of a source."""
+    """Resolve, load, canonicalise and take stock of a float source."""
+    return understand(*load_source(source, work, progress), progress)
+
+
+def load_source(source: str, work: Path, progress: Progress) -> tuple[SourceModel, ir.Model]:
+    """Resolve, load and canonicalise a source, float or low-bit."""
     resolved = _resolve(source, work, progress)
     model = load_model(resolved.onnx_path)
     try:
         canonicalise(model)
+    except FaqOnnxError as error:
+        error.add_note(f"model: {resolved.onnx_path}")
+        raise
+    return resolved, model
+
+
+def understand(resolved: SourceModel, model: ir.Model, progress: Progress) -> OpenedModel:
+    """Take stock of a float model."""
+    try:
         census = take_census(model, read_config(resolved))
         check_finite(model, census)
     except FaqOnnxError as error:

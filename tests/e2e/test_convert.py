@@ -119,6 +119,8 @@ def check_package(out: Path) -> tuple[RunReport, onnx.ModelProto]:
     assert report.totals.output_bytes == sum(path.stat().st_size for path in files)
     verification = report.verification
     assert verification is not None
+    assert verification.structure is not None
+    assert verification.kernels is not None
     assert verification.structure.nbits_nodes == len(nodes)
     assert verification.kernels.nodes >= 1
     assert verification.kernels.worst <= 1
@@ -361,7 +363,7 @@ def test_excluded_sites_stay_float(cli: Any, source: Path, tmp_path: Path) -> No
 
 # --- the package ---------------------------------------------------------------------------
 
-FILES = {"model.onnx", "report.json", "summary.md", "tokenizer.json"}
+FILES = {"model.onnx", "package.json", "report.json", "summary.md", "tokenizer.json"}
 
 
 def test_external_data(cli: Any, source: Path, tmp_path: Path) -> None:
@@ -398,7 +400,8 @@ def test_whole_package_runs_in_genai(cli: Any, tmp_path: Path) -> None:
     report, _ = check_package(tmp_path / "out")
     assert report.family == "llama"
     assert report.verification is not None
-    assert report.verification.generation_matches is True
+    assert report.verification.proof is not None
+    assert [check.passed for check in report.verification.proof.checks] == [True]
 
 
 @pytest.mark.slow
