@@ -20,8 +20,8 @@ from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import ConfigError
+from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.graph.io import INLINE_LIMIT_BYTES
-from faq_onnx.package_stages import rotary_table_bytes
 from faq_onnx.planning.budget import BudgetKind, parse_budget
 from faq_onnx.planning.planner import PlannedModel, make_plan
 from faq_onnx.planning.prediction import COARSE_NAME, CoarseRounding
@@ -115,7 +115,7 @@ def plan_under_budget(
     )
     budget = parse_budget(config.budget)
     large = budget.kind is BudgetKind.BYTES and budget.limit >= INLINE_LIMIT_BYTES
-    other_bytes = opened.other_bytes(external=config.external_data or large)
+    other_bytes = opened.other_bytes(config.block_scales, external=config.external_data or large)
     if config.fuse_attention:
         other_bytes += rotary_table_bytes(opened.model, opened.source)
     return make_plan(

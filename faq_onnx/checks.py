@@ -24,7 +24,15 @@ from faq_onnx.verify.kernels import check_kernels
 from faq_onnx.verify.logits import LogitComparison
 from faq_onnx.verify.structure import check_structure
 
-__all__ = ["budget_note", "compare_to_reference", "fold_error", "judge", "verify_file"]
+__all__ = [
+    "budget_note",
+    "compare_to_reference",
+    "fold_error",
+    "judge",
+    "scales_note",
+    "slow_note",
+    "verify_file",
+]
 
 WORST_SITES = 5
 KL_MARGIN = 0.95  # of what is asked for after a KL was not kept
@@ -111,6 +119,8 @@ def judge(report: VerificationReport, config: QuantizeConfig, *, force: bool) ->
     Raises:
         VerificationError: Names what is wrong, where, and the way out.
     """
+    assert report.structure is not None
+    assert report.kernels is not None
     if not report.kernels.worst <= 1:  # nan, too
         msg = (
             f"{report.kernels.worst_node}: the kernel's output differs from the dequantized "
@@ -189,19 +199,20 @@ def budget_note(trade_off: TradeOff | None, logits: LogitMetrics | None, size: i
     return ""
 
 
-def generation_note(matches: bool | None) -> str:
-    """A sentence where onnxruntime-genai was tried and did not do as onnxruntime does."""
-    if matches is not False:
+def scales_note(config: QuantizeConfig) -> str:
+    """A sentence about what scales in 8 bits ask of who loads the model, "" for float ones."""
+    if config.block_scales == "float":
         return ""
     return (
-        "onnxruntime-genai does not load this package or generates other tokens than a plain "
-        "onnxruntime loop; -v shows its reason. The model itself is as verified"
+        "block scales are multiplied out when the model is loaded: leave onnxruntime's graph "
+        "optimizations on, as they are by default; under ORT_DISABLE_ALL its int8 kernels give "
+        "wrong numbers"
     )
 
 
-def slow_note(structure: StructureCheck) -> str:
+def slow_note(structure: StructureCheck | None) -> str:
     """A sentence about nodes without a fast kernel, "" if there is none."""
-    if not structure.slow_nodes:
+    if structure is None or not structure.slow_nodes:
         return ""
     return (
         f"{len(structure.slow_nodes)} of {structure.nbits_nodes} low-bit nodes have no fast "

@@ -1,227 +1,191 @@
-"""The stages that turn a finished model into a folder for a runtime."""
+"""The stages that make a written model a package of a target, and prove it, now and later."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
-
-from faq_onnx.analysis import AttentionSurvey, canonicalise, find_attention
-from faq_onnx.analysis.operands import FLOAT_TYPES, dims
-from faq_onnx.artifacts.package import AttentionFusion, PackageManifest
-from faq_onnx.artifacts.source import SourceModel, context_length
-from faq_onnx.checks import fold_tolerance, generation_note
-from faq_onnx.graph.io import load_model, save_model
-from faq_onnx.passes import FuseAttentionPass, run_passes
+from faq_onnx.artifacts.package import PackageManifest
+from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.artifacts.target import ModelOutline, Refusal, TargetProof
+from faq_onnx.config import QuantizeConfig
+from faq_onnx.errors import UnsupportedFormatError, VerificationError
+from faq_onnx.fuse_stages import SavedModel
 from faq_onnx.progress import Progress
-from faq_onnx.runtime.feeds import cache_position, decoder_feeds
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session, run_session
-from faq_onnx.stages import read_config
-from faq_onnx.targets.genai import check_generation, write_genai_config
-from faq_onnx.targets.package import copy_companions
+from faq_onnx.quant.formats import PROVIDERS
+from faq_onnx.runtime.reference import take_reference
+from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
+from faq_onnx.targets.opening import open_target
+from faq_onnx.targets.package import MANIFEST_NAME, copy_companions
+from faq_onnx.targets.protocol import PackageJob, Target
 
 __all__ = [
-    "GENERATION_STEPS",
-    "MANIFEST_NAME",
-    "SavedModel",
-    "fusion_error",
+    "Finished",
+    "check_limits",
+    "judge_proof",
     "make_package",
-    "rotary_table_bytes",
-    "save_package_model",
-    "trial_tokens",
+    "prove_again",
+    "settle",
 ]
 
-MODEL_NAME = "model.onnx"
-MANIFEST_NAME = "package.json"
 GENERATION_STEPS = 16
 TRIAL_PROMPT = 8
-CACHED_STEPS = 3
-TRIAL_TOKENS = 24
+SHOWN_REFUSALS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class SavedModel:
-    """A model in its folder.
+class Finished:
+    """A model in its folder that is to become a package.
 
     Attributes:
-        bytes: Written, weights included.
-        plain: The same model with its attention as it came, to compare with.
-        fusion: None where fusing was not asked for, or there is no attention.
+        source: Where it came from.
+        folder: Holds model.onnx.
+        work: For what is not kept.
+        saved: What was written.
     """
 
-    bytes: int
-    plain: Path
-    fusion: AttentionFusion | None = None
+    source: SourceModel
+    folder: Path
+    work: Path
+    saved: SavedModel
 
 
-def save_package_model(  # noqa: PLR0913 - two places and two options
-    model: ir.Model,
-    source: SourceModel,
-    folder: Path,
-    work: Path,
-    *,
-    fuse_attention: bool,
-    external_data: bool = False,
-) -> SavedModel:
-    """Write `folder / "model.onnx"`, its attention fused where that is proved to be exact.
+def settle(config: QuantizeConfig, target: Target) -> QuantizeConfig:
+    """The settings with what a target leaves no choice about, where the user made none."""
+    changes: dict[str, object] = {}
+    if not target.fuses_attention:
+        changes["fuse_attention"] = False
+    if config.embedding == "auto" and not PROVIDERS[target.provider].gathers:
+        changes["embedding"] = "keep"
+    return config.model_copy(update=changes)
 
-    Args:
-        model: Canonical; fused in place.
-        source: Its config.json says how many positions there are.
-        folder: The package.
-        work: Gets the model as it came, for comparisons.
-        fuse_attention: False leaves attention as it is.
-        external_data: Write weights beside the model even below 1 GB.
+
+def check_limits(target: Target, outline: ModelOutline) -> None:
+    """Refuse before the work what would not run on a target.
+
+    Raises:
+        UnsupportedFormatError: Names places, what was found, what is allowed and the way out.
     """
-    target = folder / MODEL_NAME
-    if not fuse_attention:
-        return SavedModel(save_model(model, target, external_data=external_data), target)
-    config = read_config(source)
-    survey = AttentionSurvey((), (), 0)
-    if config is not None:
-        survey = find_attention(model, context_length(config))
-    if not survey.blocks:
-        size = save_model(model, target, external_data=external_data)
-        return SavedModel(size, target, _describe(survey))
-    plain = work / "unfused" / MODEL_NAME
-    plain.parent.mkdir(parents=True, exist_ok=True)
-    plain_size = save_model(model, plain, external_data=external_data)
-    run_passes(model, [FuseAttentionPass(survey.blocks)])
-    size = save_model(model, target, external_data=external_data)
-    error = fusion_error(plain, target, trial_tokens(config))
-    dtypes = {FLOAT_TYPES[v.dtype] for v in model.graph.outputs if v.dtype in FLOAT_TYPES}
-    if error <= fold_tolerance(dtypes, survey.layers):
-        return SavedModel(size, plain, _describe(survey, error))
-    for path in plain.parent.iterdir():
-        shutil.move(path, folder / path.name)
-    reason = f"in onnxruntime the fused model's logits differ by {error:.2g} of their size"
-    fusion = AttentionFusion(
-        fused=survey.fused, layers=survey.layers, declined=(("the whole model", reason),)
-    )
-    return SavedModel(plain_size, target, fusion)
+    refusals = target.refusals(outline)
+    if not refusals:
+        return
+    kinds: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        kinds.setdefault((refusal.found, refusal.allowed, refusal.way_out), []).append(refusal)
+    lines = [_line(each) for each in list(kinds.values())[:SHOWN_REFUSALS]]
+    if len(kinds) > SHOWN_REFUSALS:
+        lines.append(f"and {len(kinds) - SHOWN_REFUSALS} more kinds")
+    msg = f"{len(refusals)} of {len(outline.weights)} weights would not run on {target.name}:"
+    if all(refusal.place == "the model" for refusal in refusals):
+        msg = f"the target {target.name} would not run it:"
+    raise UnsupportedFormatError("\n  - ".join([msg, *lines]))
 
 
-def rotary_table_bytes(model: ir.Model, source: SourceModel) -> int:
-    """About what the tables of fused attention will add to the file, known before fusing.
-
-    One pair of tables for each cosine that the graph computes now, in the type of the cache.
-    """
-    config = read_config(source)
-    cache = [v for v in model.graph.inputs if cache_position(v.name or "") is not None]
-    widths = [(dims(value) or (None,))[-1] or 0 for value in cache]
-    if config is None or not widths:
-        return 0
-    rotations = sum(node.op_type == "Cos" for node in model.graph)
-    size = max(value.dtype.itemsize for value in cache if value.dtype is not None)
-    return int(rotations * context_length(config) * max(widths) * size)
-
-
-def make_package(  # noqa: PLR0913 - one argument per option, and the places
-    source: SourceModel,
-    folder: Path,
-    work: Path,
-    *,
-    target: str,
-    fuse_attention: bool,
-    progress: Progress,
+def make_package(
+    model: Finished, target: Target, prompt: Sequence[int], progress: Progress, *, force: bool
 ) -> PackageManifest:
-    """Fill `folder` for a runtime and try it there.
+    """Fill the folder, try it in the runtime, and write package.json.
 
     Args:
-        source: A finished model, float or in low bits, with its companions.
-        folder: To be filled.
-        work: For what is only compared with.
-        target: Name of the runtime.
-        fuse_attention: Fuse where it is proved to be exact.
+        model: What to make it of; its folder is changed.
+        target: The runtime.
+        prompt: Token ids, of which the first few are taken.
         progress: Receives stages and notes.
+        force: Accept a package that the runtime does not run as it should.
+
+    Raises:
+        VerificationError: It does not, and the target must.
     """
-    config = read_config(source)
-    model = canonicalise(load_model(source.onnx_path))
-    with progress.stage("save", 1, "models") as advance:
-        saved = save_package_model(model, source, folder, work, fuse_attention=fuse_attention)
-        advance(1)
-    copy_companions(source, folder)
-    write_genai_config(folder, source, progress)
-    prompt = [int(token) for token in trial_tokens(config)[:TRIAL_PROMPT]]
-    with progress.stage("try onnxruntime-genai", 1, "runs") as advance:
-        matches = check_generation(folder, prompt, GENERATION_STEPS, source.onnx_path)
-        advance(1)
-    return PackageManifest(
+    folder = model.folder
+    copy_companions(model.source, folder)
+    session = open_session(model.saved.plain, config=FLOAT_KERNELS)
+    reference = take_reference(session, prompt[:TRIAL_PROMPT], GENERATION_STEPS)
+    del session
+    facts = target.package(PackageJob(model.source, folder, model.work, progress))
+    proof = target.prove(folder, reference, progress)
+    notes = (*facts.notes, *judge_proof(target, proof, force=force))
+    manifest = PackageManifest(
         faq_onnx=importlib.metadata.version("faq-onnx"),
-        target=target,
-        source=source.given,
-        versions=_versions(),
-        model_bytes=saved.bytes,
-        attention=saved.fusion,
-        generation_matches=matches,
-        notes=tuple(note for note in (generation_note(matches),) if note),
+        target=target.name,
+        options=target.options.model_dump(mode="json"),
+        source=model.source.given,
+        model_bytes=model.saved.bytes,
+        reference=reference,
+        proof=proof,
+        attention=model.saved.fusion,
+        tables=facts.tables,
+        files=_sizes(folder),
+        notes=notes,
     )
+    manifest.save(folder / MANIFEST_NAME)
+    return manifest
 
 
-def fusion_error(plain: Path, fused: Path, tokens: npt.NDArray[np.int64]) -> float:
-    """Largest difference of logits over the largest logit, with float32 kernels.
+def judge_proof(target: Target, proof: TargetProof, *, force: bool) -> tuple[str, ...]:
+    """Raise where the runtime failed and must not; say it in notes otherwise.
 
-    Args:
-        plain: The model before.
-        fused: The model after.
-        tokens: int64 [S]; all but the last are a prompt, these follow one by one.
+    Raises:
+        VerificationError: Names the checks.
     """
-    before, after = (_cached_logits(path, tokens) for path in (plain, fused))
-    size = max(float(np.abs(logits).max()) for logits in before) or 1.0
-    pairs = zip(before, after, strict=True)
-    worst = max(float(np.abs(one - other).max()) for one, other in pairs) / size
-    return worst if np.isfinite(worst) else float("inf")
+    failed = [f"{target.name}, {check.name}: {check.value}" for check in proof.failed]
+    if failed and target.must_pass and not force:
+        raise VerificationError("; ".join(failed) + "; --force writes it all the same")
+    return tuple(f"{text}. The model itself is as verified" for text in failed)
 
 
-def trial_tokens(config: Mapping[str, object] | None) -> npt.NDArray[np.int64]:
-    """Tokens that any model of this vocabulary can read, the same ones every time."""
-    size = (config or {}).get("vocab_size")
-    vocabulary = size if isinstance(size, int) and size > 1 else 2
-    return np.random.default_rng(0).integers(0, vocabulary, TRIAL_TOKENS)
+def prove_again(
+    folder: Path, manifest: PackageManifest, progress: Progress
+) -> tuple[TargetProof, tuple[str, ...]]:
+    """Repeat the proof of a package here; also what came out otherwise than when it was made.
 
-
-def _cached_logits(path: Path, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
-    """Logits of a prompt, and of single tokens that follow it."""
-    session = open_session(path, config=FLOAT_KERNELS)
-    presents = {cache_position(value.name): value.name for value in session.get_outputs()}
-    pasts = {
-        value.name: presents[cache_position(value.name)]
-        for value in session.get_inputs()
-        if cache_position(value.name) is not None
-    }
-    cache: dict[str, npt.NDArray[np.float32]] | None = None
-    found = []
-    pieces = np.split(tokens[np.newaxis], range(len(tokens) - CACHED_STEPS, len(tokens)), axis=1)
-    for ids in pieces:
-        feeds = decoder_feeds(session.get_inputs(), ids, cache)
-        outputs = run_session(session, feeds)
-        cache = {past: outputs[present] for past, present in pasts.items()}
-        found.append(outputs["logits"].astype(np.float32))
-    return found
-
-
-def _versions() -> dict[str, str]:
-    """Of the runtimes that are here."""
-    found = {}
-    for name in ("onnxruntime", "onnxruntime-genai"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _describe(survey: AttentionSurvey, error: float | None = None) -> AttentionFusion | None:
-    if not survey.layers:
-        return None
-    return AttentionFusion(
-        fused=len(survey.blocks) + survey.fused,
-        layers=survey.layers,
-        error=error,
-        declined=tuple((each.name, each.reason) for each in survey.declined),
+    Raises:
+        VerificationError: A check that was passed then is failed now.
+    """
+    target = open_target(manifest.target, manifest.options)
+    proof = target.prove(folder, manifest.reference, progress)
+    before = {check.name: check for check in manifest.proof.checks}
+    other: list[str] = []
+    lost: list[str] = []
+    for check in proof.checks:
+        old = before.get(check.name)
+        if old is None or old.passed == check.passed:
+            continue
+        text = f"{check.name}: {old.value} when it was made, {check.value} here"
+        (lost if old.passed and check.passed is False else other).append(text)
+    other += [*_other_versions(manifest.proof, proof), *_other_files(folder, manifest)]
+    if not lost:
+        return proof, tuple(other)
+    error = VerificationError(
+        f"{folder}: what {target.name} did when the package was made, it does not do here: "
+        f"{'; '.join(lost)}"
     )
+    for text in other:
+        error.add_note(text)
+    raise error
+
+
+def _other_versions(then: TargetProof, now: TargetProof) -> Iterator[str]:
+    for name in sorted(then.versions.keys() | now.versions.keys()):
+        old, new = then.versions.get(name, "none"), now.versions.get(name, "none")
+        if old != new:
+            yield f"{name}: {old} when it was made, {new} here"
+
+
+def _other_files(folder: Path, manifest: PackageManifest) -> Iterator[str]:
+    for name, size in manifest.files.items():
+        path = folder / name
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        if found != f"{size} bytes":
+            yield f"{name}: {size} bytes when it was made, {found} here"
+
+
+def _line(alike: Sequence[Refusal]) -> str:
+    others = f" (and {len(alike) - 1} like it)" if len(alike) > 1 else ""
+    return f"{alike[0].place}{others}{alike[0].text.removeprefix(alike[0].place)}"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

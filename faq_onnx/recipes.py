@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -170,11 +171,19 @@ def _unknown(shown: str, key: str) -> str:
     return f"{shown}: unknown key; allowed {', '.join(siblings)}"
 
 
+def _nearest(found: object, expected: str) -> str:
+    """The allowed number next to one that is not, "" for other values."""
+    numbers = [int(word) for word in re.findall(r"\b\d+\b", expected)]
+    if isinstance(found, bool) or not isinstance(found, int | float) or not numbers:
+        return ""
+    return f" (nearest: {min(numbers, key=lambda number: abs(number - found))})"
+
+
 def _allowed(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
     kind = detail["type"]
     if "expected" in context:
-        return str(context["expected"])
+        return f"{context['expected']}{_nearest(detail['input'], str(context['expected']))}"
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {context[name]}" for name, sign in bounds.items() if name in context]
     if limits:

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from faq_onnx.artifacts.run import RunReport, StageTime
+from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.planning.planner import PlannedModel
@@ -69,12 +70,12 @@ def write_report(report: RunReport, folder: Path) -> None:
     (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
 
 
-def source_bytes(opened: OpenedModel) -> int:
+def source_bytes(source: SourceModel, model: ir.Model) -> int:
     """Size of the ONNX file and of the files that hold its weights."""
-    path = opened.source.onnx_path
+    path = source.onnx_path
     external = {
         Path(value.const_value.path).resolve()
-        for graph in opened.model.graphs()
+        for graph in model.graphs()
         for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }

@@ -23,7 +23,7 @@ from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
 from faq_onnx.calibration.paired import PairedMoments, PairedWalk
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import BlockScales, QuantizeConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.graph.io import DATA_ALIGNMENT_BYTES, load_model, release_weights, rest_bytes
@@ -52,15 +52,18 @@ from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
 __all__ = [
     "OpenedModel",
     "Quantized",
+    "load_source",
     "open_model",
     "quantize",
     "read_config",
     "rewrite",
+    "understand",
 ]
 
 _LOG = logging.getLogger(__name__)
 
 LOW_BIT_TENSORS = 3  # codes, scales and zero points of a weight
+MULTIPLYING = 5  # unit of 8-bit scales, nodes that multiply, what lies between them
 REFERENCE_BYTES = 90  # dims of one of them, suffix of its name, its share of the node's attributes
 
 
@@ -105,23 +108,38 @@ class OpenedModel:
             return values
         return np.ascontiguousarray(values.T)  # a tied head's weight, behind a Transpose
 
-    def other_bytes(self, *, external: bool) -> int:
+    def other_bytes(self, block_scales: BlockScales, *, external: bool) -> int:
         """At most what a low-bit file holds besides codes, scales and zero points."""
         weights: list[LinearSite | EmbeddingSite] = [*self.census.sites, *self.census.embeddings]
         rest = rest_bytes(self.model, {weight.weight for weight in weights})
         # Pages of onnxruntime: in a file of their own, tensors begin at multiples of 4096.
         padding = DATA_ALIGNMENT_BYTES if external else 0
         names = sum(len(weight.name) + len(weight.weight) for weight in weights)
-        tensors = LOW_BIT_TENSORS * len(weights)
-        return rest + tensors * (REFERENCE_BYTES + padding) + LOW_BIT_TENSORS * names
+        entries = LOW_BIT_TENSORS if block_scales == "float" else LOW_BIT_TENSORS + MULTIPLYING
+        bookkeeping = entries * (len(weights) * REFERENCE_BYTES + names)
+        return rest + bookkeeping + LOW_BIT_TENSORS * len(weights) * padding
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
-    """Resolve, load, canonicalise and take stock of a source."""
+    """Resolve, load, canonicalise and take stock of a float source."""
+    return understand(*load_source(source, work, progress), progress)
+
+
+def load_source(source: str, work: Path, progress: Progress) -> tuple[SourceModel, ir.Model]:
+    """Resolve, load and canonicalise a source, float or low-bit."""
     resolved = _resolve(source, work, progress)
     model = load_model(resolved.onnx_path)
     try:
         canonicalise(model)
+    except FaqOnnxError as error:
+        error.add_note(f"model: {resolved.onnx_path}")
+        raise
+    return resolved, model
+
+
+def understand(resolved: SourceModel, model: ir.Model, progress: Progress) -> OpenedModel:
+    """Take stock of a float model."""
+    try:
         census = take_census(model, read_config(resolved))
         check_finite(model, census)
     except FaqOnnxError as error:

@@ -40,7 +40,7 @@ class WeightReader:
 
 @dataclasses.dataclass(frozen=True)
 class LowBitInitializers:
-    """The initializers of one weight: inputs B, scales and zero_points of MatMulNBits."""
+    """Inputs B, scales and zero_points of MatMulNBits: initializers, or what folds into one."""
 
     storage_bits: int
     packed: ir.Value
@@ -60,6 +60,7 @@ class _Shapes:
 
     packed: tuple[int, ...]
     scales: tuple[int, ...]
+    scale_unit: tuple[int, ...]
     zero_points: tuple[int, ...]
 
     @classmethod
@@ -69,6 +70,7 @@ class _Shapes:
         return cls(
             packed=(out_features, blocks, fmt.block_size * fmt.storage_bits // 8),
             scales=(out_features, blocks),
+            scale_unit=(out_features, 1),
             zero_points=(out_features, -(-blocks * fmt.storage_bits // 8)),
         )
 
@@ -100,11 +102,43 @@ def add_low_bit(
         ir.DataType.UINT8,
         shapes.packed,
     )
-    scales = add("scales", lambda w: w.scales, scale_dtype, shapes.scales)
+    if fmt.block_scales == "float":
+        scales = add("scales", lambda w: w.scales, scale_dtype, shapes.scales)
+    else:
+        dtype = ir.DataType.INT8 if fmt.symmetric else ir.DataType.UINT8
+        multiples = add("scale_multiples", lambda w: w.scales, dtype, shapes.scales)
+        unit = add("scale_unit", _scale_unit, scale_dtype, shapes.scale_unit)
+        scales = _multiply_out(graph, multiples, unit, f"{site.weight}_scales")
     zero_points = None
     if not fmt.symmetric:
         zero_points = add("zero_points", _zero_points, ir.DataType.UINT8, shapes.zero_points)
     return LowBitInitializers(fmt.storage_bits, packed, scales, zero_points)
+
+
+def _multiply_out(graph: ir.Graph, multiples: ir.Value, unit: ir.Value, name: str) -> ir.Value:
+    """Nodes at the beginning of the graph that give scales in the unit's dtype.
+
+    In float32: onnxruntime folds what it has a CPU kernel for, and there is none for float16.
+    """
+    assert unit.dtype is not None
+    whole = ir.node("Cast", [multiples], {"to": ir.DataType.FLOAT}, name=f"{name}_float")
+    nodes, factor = [whole], unit
+    if unit.dtype != ir.DataType.FLOAT:
+        nodes.append(ir.node("Cast", [unit], {"to": ir.DataType.FLOAT}, name=f"{name}_unit_float"))
+        factor = nodes[-1].outputs[0]
+    nodes.append(ir.node("Mul", [whole.outputs[0], factor], name=f"{name}_product"))
+    if unit.dtype != ir.DataType.FLOAT:
+        nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": unit.dtype}, name=name))
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}_output"
+        node.outputs[0].dtype = ir.DataType.FLOAT
+    scales = nodes[-1].outputs[0]
+    scales.name, scales.dtype, scales.shape = name, unit.dtype, multiples.shape
+    if len(graph):
+        graph.insert_before(graph.node(0), nodes)
+    else:
+        graph.extend(nodes)
+    return scales
 
 
 def _lazy(
@@ -130,6 +164,12 @@ def _checked(reader: WeightReader, name: str, fmt: BlockFormat) -> QuantizedWeig
     if weight.format != fmt:
         raise RewriteError(f"{name}: quantized as {weight.format!r}, planned was {fmt!r}")
     return weight
+
+
+def _scale_unit(weight: QuantizedWeight) -> npt.NDArray[np.floating]:
+    """Units of a weight whose scales are multiples."""
+    assert weight.scale_unit is not None
+    return weight.scale_unit
 
 
 def _zero_points(weight: QuantizedWeight) -> npt.NDArray[np.uint8]:

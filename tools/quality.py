@@ -117,7 +117,7 @@ class Bench:
             self.progress,
             sensitivities=found,
             read_table=fresh.read_table,
-            other_bytes=fresh.other_bytes(external=config.external_data),
+            other_bytes=fresh.other_bytes(config.block_scales, external=config.external_data),
         )
 
     def measure(

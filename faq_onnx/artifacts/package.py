@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pydantic import JsonValue
+
 from faq_onnx.artifacts.record import Record
+from faq_onnx.artifacts.target import FactTable, Reference, TargetProof
 
 __all__ = ["AttentionFusion", "PackageManifest"]
 
@@ -37,25 +40,31 @@ class AttentionFusion(Record):
 
 
 class PackageManifest(Record):
-    """package.json of `faq-onnx package`.
+    """package.json: what a folder is made for, what was tried with it, and how to try it again.
 
     Attributes:
         faq_onnx: Version that wrote the folder.
         target: Runtime that the folder is for.
+        options: Options of the target, by name.
         source: As the user wrote it.
-        versions: Of the runtimes that it was tried with.
         model_bytes: Size of the model with its weights.
+        reference: What plain onnxruntime made of the source, to compare with.
+        proof: What the runtime did with the folder.
         attention: None where the model has none that is known.
-        generation_matches: Whether the target's greedy tokens equal those of a plain onnxruntime
-            loop over the source; None where it was not tried.
+        tables: Figures.
+        files: Size of each file but package.json, by its path in the folder.
         notes: What else there is to say.
     """
 
+    schema_version: int = 2
     faq_onnx: str
     target: str
+    options: dict[str, JsonValue]
     source: str
-    versions: dict[str, str]
     model_bytes: int
+    reference: Reference
+    proof: TargetProof
     attention: AttentionFusion | None = None
-    generation_matches: bool | None = None
+    tables: tuple[FactTable, ...] = ()
+    files: dict[str, int]
     notes: tuple[str, ...] = ()

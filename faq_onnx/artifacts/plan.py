@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.trade_off import TradeOff
-from faq_onnx.config import Grid, QuantizeConfig, Rounding
+from faq_onnx.config import BlockScales, Grid, QuantizeConfig, Rounding
 
 __all__ = [
     "BlockFormat",
@@ -26,12 +26,28 @@ class BlockFormat(Record):
         storage_bits: Bits per code in the file: 2, 4 or 8.
         block_size: Consecutive input channels that share a scale.
         symmetric: No zero points stored; the implied one is 2**(storage_bits - 1).
+        block_scales: "float", in the dtype of the activations, or "8-bit": a byte each, times one
+            float per row, which the graph multiplies and onnxruntime folds when it loads.
     """
 
     code_bits: int
     storage_bits: int
     block_size: int
     symmetric: bool
+    block_scales: BlockScales = "float"
+
+    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 4) -> int:
+        """Size of a weight [N, K]: codes, scales and zero points.
+
+        The last block of a row is stored whole, zero points fill whole bytes per row.
+        `scale_bytes` is the size of a float scale.
+        """
+        k_blocks = -(-in_features // self.block_size)
+        row = k_blocks * self.block_size * self.storage_bits // 8
+        row += k_blocks * scale_bytes if self.block_scales == "float" else k_blocks + scale_bytes
+        if not self.symmetric:
+            row += -(-k_blocks * self.storage_bits // 8)
+        return out_features * row
 
 
 class SitePlan(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from faq_onnx.artifacts.package import AttentionFusion
 from faq_onnx.artifacts.record import Record
+from faq_onnx.artifacts.target import TargetProof
 
 __all__ = ["KernelCheck", "LogitMetrics", "SiteError", "StructureCheck", "VerificationReport"]
 
@@ -69,15 +70,24 @@ class SiteError(Record):
 class VerificationReport(Record):
     """All of it.
 
-    `generation_matches` is None where onnxruntime-genai was not tried, `attention` where no
-    attention was looked for or found.
+    Attributes:
+        structure: None where the package holds no ONNX file, but another form of the model.
+        kernels: Likewise.
+        logits: None where there was no source to compare with.
+        sites: Likewise.
+        fold_error: None where no scales were folded.
+        attention: None where none was looked for or found.
+        proof: What the target's runtime did; None where no target was asked for.
+        changes: What `verify` found otherwise than the package's maker did.
+        notes: What else there is to say.
     """
 
-    structure: StructureCheck
-    kernels: KernelCheck
+    structure: StructureCheck | None
+    kernels: KernelCheck | None
     logits: LogitMetrics | None
     sites: tuple[SiteError, ...]
     fold_error: float | None = None
-    generation_matches: bool | None = None
     attention: AttentionFusion | None = None
+    proof: TargetProof | None = None
+    changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

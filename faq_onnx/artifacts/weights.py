@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from safetensors.numpy import save_file
 from faq_onnx.artifacts.plan import BlockFormat
 
 __all__ = ["QuantizedWeight", "WeightStore"]
+
+OPTIONAL = ("zero_points", "scale_unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +28,29 @@ class QuantizedWeight:
         in_features: K.
         format: Bits, block size, symmetry.
         packed: uint8 [N, k_blocks, block_size * storage_bits / 8], low bits first.
-        scales: float32 or float16 [N, k_blocks].
+        scales: As stored, [N, k_blocks]: float32 or float16; multiples of `scale_unit`, uint8 or
+            (symmetric) int8, where the format says so.
         zero_points: uint8 [N, ceil(k_blocks * storage_bits / 8)] packed, None if symmetric.
+        scale_unit: float32 or float16 [N, 1], None where scales are floats.
     """
 
     out_features: int
     in_features: int
     format: BlockFormat
     packed: npt.NDArray[np.uint8]
-    scales: npt.NDArray[np.floating]
+    scales: npt.NDArray[Any]
     zero_points: npt.NDArray[np.uint8] | None
+    scale_unit: npt.NDArray[np.floating] | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the file."""
-        zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
-        return self.packed.nbytes + self.scales.nbytes + zero_points
+        optional = (self.zero_points, self.scale_unit)
+        return (
+            self.packed.nbytes
+            + self.scales.nbytes
+            + sum(array.nbytes for array in optional if array is not None)
+        )
 
 
 class WeightStore(Mapping[str, QuantizedWeight]):
@@ -58,8 +68,10 @@ class WeightStore(Mapping[str, QuantizedWeight]):
             "packed": weight.packed,
             "scales": weight.scales,
         }
-        if weight.zero_points is not None:
-            arrays["zero_points"] = weight.zero_points
+        for key in OPTIONAL:
+            array = getattr(weight, key)
+            if array is not None:
+                arrays[key] = array
         save_file(arrays, path, {"format": weight.format.model_dump_json()})
         self._names[name] = path
         self._in_features[name] = weight.in_features
@@ -74,7 +86,7 @@ class WeightStore(Mapping[str, QuantizedWeight]):
             format=fmt,
             packed=arrays["packed"],
             scales=arrays["scales"],
-            zero_points=arrays.get("zero_points"),
+            **{key: arrays.get(key) for key in OPTIONAL},
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="show the plan as a table and write nothing"
     )
     options.add_force(parser, "replace an existing OUT; accept a result worse than --max-kl")
+    options.add_target(parser)
     parser.add_argument(
         "--work",
         metavar="DIR",
@@ -63,11 +64,14 @@ def run(args: argparse.Namespace) -> None:
     if args.output is None:
         raise ConfigError("-o OUT is missing: give the folder to write, or --dry-run for the plan")
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
+    from faq_onnx.targets.opening import split_options  # noqa: PLC0415 - as above
 
     report = pipeline.convert(
         args.source,
         args.output,
         config,
+        target=args.target,
+        target_options=split_options(args.target_option),
         progress=open_progress(args),
         force=args.force,
         work=args.work,
@@ -78,8 +82,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _preview(args: argparse.Namespace, config: QuantizeConfig) -> None:
     from faq_onnx import pipeline  # noqa: PLC0415 - see above
+    from faq_onnx.targets.opening import split_options  # noqa: PLC0415 - see above
 
-    sites, embeddings, totals = pipeline.preview(args.source, config, progress=open_progress(args))
+    sites, embeddings, totals = pipeline.preview(
+        args.source,
+        config,
+        target=args.target,
+        target_options=split_options(args.target_option),
+        progress=open_progress(args),
+    )
     value = {
         "sites": [row.model_dump(mode="json") for row in sites],
         "embeddings": [row.model_dump(mode="json") for row in embeddings],

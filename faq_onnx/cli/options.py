@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.recipes import build_config, read_recipe
+from faq_onnx.targets import DEFAULT_TARGET, TARGETS
 
 __all__ = [
     "CALIBRATION",
@@ -29,6 +30,7 @@ __all__ = [
     "add_force",
     "add_output",
     "add_source",
+    "add_target",
     "option_names",
     "read_config",
     "settings_markdown",
@@ -58,6 +60,7 @@ QUANTIZATION = Group(
         "bits": ("--bits",),
         "block_size": ("--block-size",),
         "symmetric": ("--symmetric", "--asymmetric"),
+        "block_scales": ("--block-scales",),
         "lm_head": ("--lm-head",),
         "embedding": ("--embedding",),
         "exclude": ("--exclude",),
@@ -140,6 +143,25 @@ def add_output(parser: argparse.ArgumentParser, what: str, *, required: bool = T
 def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     """Overwrite and accept."""
     parser.add_argument("--force", action="store_true", help=what)
+
+
+def add_target(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_TARGET) -> None:
+    """The runtime that a package is for; without a default it has to be said."""
+    named = f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--target",
+        choices=tuple(TARGETS),
+        default=default,
+        required=default is None,
+        help=f"the runtime that is to load it{named}",
+    )
+    parser.add_argument(
+        "--target-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the target, see docs/targets.md; may be repeated",
+    )
 
 
 def add_config(parser: argparse.ArgumentParser, *groups: Group) -> None:

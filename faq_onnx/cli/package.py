@@ -6,15 +6,18 @@ import argparse
 
 from faq_onnx.cli import options
 from faq_onnx.cli.output import open_progress, print_result
+from faq_onnx.targets import TARGETS
 
-__all__ = ["TARGETS", "configure", "run"]
+__all__ = ["configure", "run"]
 
-TARGETS = ("genai",)
-
-_EPILOG = """\
+_LIST = "\n".join(f"  {name:<12}{meaning}" for name, meaning in TARGETS.items())
+_EPILOG = f"""\
 examples:
   faq-onnx package out/ -o out-genai/ --target genai
   faq-onnx package out/ -o out-genai/ --target genai --no-fuse-attention
+
+targets:
+{_LIST}
 
 read on: docs/cli.md and docs/targets.md"""
 
@@ -28,16 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     options.add_source(parser)
     options.add_output(parser, "the package folder")
-    parser.add_argument(
-        "--target", choices=TARGETS, required=True, help="the runtime that is to load it"
-    )
+    options.add_target(parser, default=None)
     parser.add_argument(
         "--fuse-attention",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="GroupQueryAttention where it is proved to be exact (default: yes)",
     )
-    options.add_force(parser, "replace an existing OUT")
+    options.add_force(parser, "replace an existing OUT; accept a package that fails its trial")
     options.add_common(parser)
 
 
@@ -45,11 +46,13 @@ def run(args: argparse.Namespace) -> None:
     """Package and print what was done."""
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
     from faq_onnx.report.tables import package_text  # noqa: PLC0415 - as above
+    from faq_onnx.targets.opening import split_options  # noqa: PLC0415 - as above
 
     manifest = pipeline.package(
         args.source,
         args.output,
         target=args.target,
+        target_options=split_options(args.target_option),
         fuse_attention=args.fuse_attention,
         progress=open_progress(args),
         force=args.force,

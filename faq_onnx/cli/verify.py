@@ -13,7 +13,7 @@ __all__ = ["configure", "run"]
 
 _EPILOG = """\
 examples:
-  faq-onnx verify out/                       structure, kernels, generation
+  faq-onnx verify out/                       structure, kernels, and its target's runtime once more
   faq-onnx verify out/ --source model.onnx   and KL, top-1, perplexity against the source
 
 read on: docs/cli.md"""
@@ -21,9 +21,13 @@ read on: docs/cli.md"""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.description = "Check a converted package: structure, numbers, logits, generation."
+    parser.description = (
+        "Check a package: structure, numbers, logits, and its target's runtime once more."
+    )
     parser.epilog = _EPILOG
-    parser.add_argument("package", metavar="PACKAGE", type=Path, help="folder that convert wrote")
+    parser.add_argument(
+        "package", metavar="PACKAGE", type=Path, help="folder that convert or package wrote"
+    )
     parser.add_argument("--source", metavar="SOURCE", help="the float model to compare with")
     options.add_common(parser)
 

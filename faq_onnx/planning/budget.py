@@ -30,8 +30,8 @@ __all__ = [
     "Candidate",
     "CurvePoint",
     "allocate",
-    "format_bytes",
     "parse_budget",
+    "scale_bytes_of",
     "scale_dtype_of",
 ]
 
@@ -156,23 +156,14 @@ def parse_budget(text: str) -> Budget:
     return Budget(BudgetKind.BYTES, number * _UNITS[unit])
 
 
-def format_bytes(
-    out_features: int, in_features: int, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
-) -> int:
-    """`QuantizedWeight.size_bytes` of a weight [N, K]: codes, scales and zero points.
-
-    The last block of a row is stored whole, zero points fill whole bytes per row.
-    """
-    k_blocks = -(-in_features // fmt.block_size)
-    row = k_blocks * (fmt.block_size * fmt.storage_bits // 8 + np.dtype(scale_dtype).itemsize)
-    if not fmt.symmetric:
-        row += -(-k_blocks * fmt.storage_bits // 8)
-    return out_features * row
-
-
 def scale_dtype_of(dtype: str) -> npt.DTypeLike:
     """Dtype in which the scales of a weight of that dtype are stored."""
     return np.float16 if dtype == "float16" else np.float32
+
+
+def scale_bytes_of(dtype: str) -> int:
+    """Bytes of a float scale of a weight of that dtype."""
+    return np.dtype(scale_dtype_of(dtype)).itemsize
 
 
 def allocate(items: Sequence[BudgetItem], budget: Budget, fixed_bytes: int = 0) -> Allocation:

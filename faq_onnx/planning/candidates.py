@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from faq_onnx.artifacts.plan import BlockFormat, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, ModelCensus
 from faq_onnx.config import QuantizeConfig
-from faq_onnx.planning.budget import format_bytes
 from faq_onnx.planning.formats import plan_sites
 from faq_onnx.quant.formats import BLOCK_SIZES, block_format, check_embedding_format
 
@@ -21,7 +20,8 @@ __all__ = ["FORMATS", "FormatCandidates"]
 # No kernel is fast for 2 bits in blocks of 256.
 FORMATS = (
     *((2, block) for block in (32, 64, 128)),
-    *((bits, block) for bits in (4, 8) for block in (32, 64, 128, 256)),
+    *((4, block) for block in (16, 32, 64, 128, 256)),
+    *((8, block) for block in (32, 64, 128, 256)),
 )
 TABLE_BITS = (4, 8)  # what `--embedding` offers
 
@@ -89,11 +89,11 @@ class FormatCandidates:
         """Whether smaller blocks of the same kind take no more room: long ones are padded."""
         site, fmt = self.census.site(plan.site), plan.format
         assert fmt is not None
-        size = format_bytes(site.out_features, site.in_features, fmt)
+        size = fmt.weight_bytes(site.out_features, site.in_features)
         return any(
             (other.code_bits, other.symmetric) == (fmt.code_bits, fmt.symmetric)
             and other.block_size <= fmt.block_size
-            and format_bytes(site.out_features, site.in_features, other) <= size
+            and other.weight_bytes(site.out_features, site.in_features) <= size
             for other in (one.format for one in known)
             if other is not None
         )
@@ -124,7 +124,7 @@ class FormatCandidates:
         named = {"auto": TABLE_BITS, "4": (4,), "8": (8,)}.get(wish, ())
         blocks = dict.fromkeys(block for _, block in self.formats)
         return [
-            block_format(bits, block, symmetric)
+            block_format(bits, block, symmetric, self.config.block_scales)
             for bits in named
             for block in blocks
             for symmetric in self._symmetries()

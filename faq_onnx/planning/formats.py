@@ -64,7 +64,7 @@ def _plan_site(site: LinearSite, config: QuantizeConfig, *, shares_table: bool) 
     block_size: int = config.block_size
     if shares_table and config.embedding in {"auto", "shared"}:
         block_size = _whole_blocks(site.in_features, block_size)
-    fmt = None if reason else block_format(bits, block_size, config.symmetric)
+    fmt = None if reason else block_format(bits, block_size, config.symmetric, config.block_scales)
     grid, rounding = _grid_and_rounding(site, config.axes, fmt)
     return SitePlan(
         site=site.name,
@@ -114,7 +114,7 @@ def _plan_embedding(
             raise ConfigError(msg)
         check_embedding_format(head, width=table.width, embedding=table.name)
         return EmbeddingPlan(embedding=table.name, format=head, shared_with=table.tied_site)
-    fmt = block_format(int(wish), config.block_size, config.symmetric)
+    fmt = block_format(int(wish), config.block_size, config.symmetric, config.block_scales)
     check_embedding_format(fmt, width=table.width, embedding=table.name)
     return EmbeddingPlan(embedding=table.name, format=fmt)
 

@@ -26,9 +26,8 @@ from faq_onnx.planning.budget import (
     BudgetKind,
     CurvePoint,
     allocate,
-    format_bytes,
     parse_budget,
-    scale_dtype_of,
+    scale_bytes_of,
 )
 from faq_onnx.planning.candidates import FORMATS, FormatCandidates
 from faq_onnx.planning.formats import plan_sites
@@ -147,7 +146,7 @@ class MixedPlanner:
             if fmt is None:
                 sizes[site.weight] = shape[0] * shape[1] * BYTES_OF[site.dtype]
             else:
-                sizes[site.name] = format_bytes(*shape, fmt, scale_dtype_of(site.dtype))
+                sizes[site.name] = fmt.weight_bytes(*shape, scale_bytes_of(site.dtype))
         handed_on = {table.name for table in shared.values()}
         for table in self.census.embeddings:
             if table.name not in competing | handed_on:

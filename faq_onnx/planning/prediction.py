@@ -18,7 +18,7 @@ from faq_onnx.artifacts.plan import BlockFormat, SitePlan
 from faq_onnx.artifacts.sensitivity import Perturbation
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
-from faq_onnx.planning.budget import BudgetItem, Candidate, format_bytes, scale_dtype_of
+from faq_onnx.planning.budget import BudgetItem, Candidate, scale_bytes_of, scale_dtype_of
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.objective import output_energy
 from faq_onnx.quant.site import SiteMoments, quantize_weight
@@ -113,8 +113,8 @@ class KLPredictor:
             if table is not None:
                 kl += self.per_error.get(table.name, 0.0) * _energy(delta, None) / len(rows)
             assert plan.format is not None
-            size = format_bytes(
-                site.out_features, site.in_features, plan.format, scale_dtype_of(site.dtype)
+            size = plan.format.weight_bytes(
+                site.out_features, site.in_features, scale_bytes_of(site.dtype)
             )
             candidates.append(Candidate(plan.format, size, kl))
         return BudgetItem(site.name, weight.size, tuple(candidates))
@@ -127,7 +127,7 @@ class KLPredictor:
         candidates = []
         for fmt in formats:
             delta = dequantize_weight(quantize_rtn(rows, fmt, dtype)) - rows
-            size = format_bytes(table.rows, table.width, fmt, dtype)
+            size = fmt.weight_bytes(table.rows, table.width, scale_bytes_of(table.dtype))
             candidates.append(Candidate(fmt, size, per_error * _energy(delta, None) / len(rows)))
         return BudgetItem(table.name, table.rows * table.width, tuple(candidates))
 

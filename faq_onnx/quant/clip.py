@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.objective import block_errors
+from faq_onnx.quant.stored_scales import ScaleUnit
 from faq_onnx.quant.uniform import BlockGrid, block_range, fake_quantize, range_grid
 
 __all__ = ["clip_grid"]
@@ -42,11 +43,13 @@ def clip_grid(
     """
     scale = np.empty(blocks.shape[:-1], np.float32)
     zero_point = np.empty_like(scale)
+    units = []
     for start in range(0, len(blocks), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         best = _clip_rows(blocks[rows], grams, fmt, scale_dtype)
         scale[rows], zero_point[rows] = best.scale, best.zero_point
-    return BlockGrid(scale, zero_point)
+        units.append(best.unit)
+    return BlockGrid(scale, zero_point, ScaleUnit.join(units))
 
 
 def _clip_rows(
@@ -58,7 +61,9 @@ def _clip_rows(
     best_error = np.full(low.shape, np.inf, np.float32)
     for step in range(CLIP_STEPS):
         end = limit * np.float32(1 - step / CLIP_GRID)
-        grid = range_grid(np.maximum(low, -end), np.minimum(high, end), fmt, scale_dtype)
+        grid = range_grid(
+            np.maximum(low, -end), np.minimum(high, end), fmt, scale_dtype, best.unit
+        )
         delta = fake_quantize(blocks, fmt, grid=grid)
         delta -= blocks
         error = block_errors(delta, grams)

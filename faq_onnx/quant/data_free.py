@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.errors import UnsupportedFormatError
-from faq_onnx.quant.uniform import BlockGrid, minmax_grid, storable_scale
+from faq_onnx.quant.stored_scales import ScaleUnit, storable_scale
+from faq_onnx.quant.uniform import BlockGrid, minmax_grid
 
 __all__ = ["hqq_grid", "k_quant_grid"]
 
@@ -62,7 +63,7 @@ def hqq_grid(
     for rows, block, columns in _chunks(blocks):
         zero = _hqq_zero(columns, grid.scale[rows, block], highest)
         zero_point[rows, block] = np.clip(np.rint(zero), np.float32(0), highest)
-    return BlockGrid(grid.scale, zero_point)
+    return BlockGrid(grid.scale, zero_point, grid.unit)
 
 
 def k_quant_grid(
@@ -90,11 +91,12 @@ def k_quant_grid(
         weights = np.sqrt(np.mean(np.square(columns), axis=0)) + np.abs(columns)
         if fmt.symmetric:
             fitted = _fit_scale(columns, weights, (highest + 1) / 2)
-            scale[rows, block] = storable_scale(fitted, scale_dtype)
+            scale[rows, block] = fitted
             continue
         fitted, zero_point[rows, block] = _fit_scale_and_zero(columns, weights, highest)
-        scale[rows, block] = storable_scale(fitted, scale_dtype)
-    return BlockGrid(scale, zero_point)
+        scale[rows, block] = fitted
+    unit = ScaleUnit.of(scale, fmt, scale_dtype)
+    return BlockGrid(storable_scale(scale, scale_dtype, unit), zero_point, unit)
 
 
 def _chunks(blocks: Floats) -> Iterator[tuple[slice, int, Floats]]:

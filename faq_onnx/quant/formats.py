@@ -12,6 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.config import BlockScales
 from faq_onnx.errors import UnsupportedFormatError
 
 __all__ = [
@@ -83,7 +84,9 @@ def storage_bits_for(code_bits: int) -> int:
     return STORAGE_BITS_OF[code_bits]
 
 
-def block_format(code_bits: int, block_size: int, symmetric: bool) -> BlockFormat:
+def block_format(
+    code_bits: int, block_size: int, symmetric: bool, block_scales: BlockScales = "float"
+) -> BlockFormat:
     """The block format of a bit width and block size.
 
     Raises:
@@ -96,7 +99,11 @@ def block_format(code_bits: int, block_size: int, symmetric: bool) -> BlockForma
         msg = f"block_size={block_size} is not a block size of MatMulNBits; choose {choice}"
         raise UnsupportedFormatError(msg)
     return BlockFormat(
-        code_bits=code_bits, storage_bits=storage_bits, block_size=block_size, symmetric=symmetric
+        code_bits=code_bits,
+        storage_bits=storage_bits,
+        block_size=block_size,
+        symmetric=symmetric,
+        block_scales=block_scales,
     )
 
 

@@ -117,7 +117,7 @@ def round_gptq(weight: Matrix, grid: BlockGrid, fmt: BlockFormat, factor: GramFa
     codes = np.empty((*grid.scale.shape, fmt.block_size), np.uint8)
     for start in range(0, len(weight), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        part = BlockGrid(grid.scale[rows], grid.zero_point[rows])
+        part = grid.rows(rows)
         nearest = round_to_grid(to_blocks(weight[rows], fmt.block_size), part, fmt)
         compensated = _compensate(weight[rows], part, fmt, factor)
         codes[rows] = keep_better_rows(weight[rows], nearest, compensated, part, factor.gram)

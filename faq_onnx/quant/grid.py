@@ -11,17 +11,19 @@ error on SmolLM2's weights. The whole G_b counts: on its diagonal alone the erro
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.objective import block_errors
+from faq_onnx.quant.stored_scales import storable_scale
 from faq_onnx.quant.uniform import (
     BlockGrid,
     fake_quantize,
     minmax_grid,
-    storable_scale,
 )
 
 __all__ = ["search_grid"]
@@ -65,7 +67,9 @@ def search_grid(
     for block in range(blocks.shape[1]):
         for start in range(0, len(blocks), step):
             rows = slice(start, start + step)
-            trial = _Trial(blocks[rows, block], grams[block], fmt, scale_dtype, buffers)
+            unit = None if plain.unit is None else plain.unit.rows(rows)
+            store = functools.partial(storable_scale, scale_dtype=scale_dtype, unit=unit)
+            trial = _Trial(blocks[rows, block], grams[block], fmt, store, buffers)
             _search(trial, fmt, refine=refine)
             scale[rows, block], zero_point[rows, block] = trial.best_scale, trial.best_zero
     found = _as_stored(BlockGrid(scale, zero_point), fmt)
@@ -115,12 +119,12 @@ class _Trial:
         blocks: Floats,
         gram: Floats,
         fmt: BlockFormat,
-        scale_dtype: npt.DTypeLike,
+        store: Callable[[Floats], Floats],
         buffers: _Buffers,
     ) -> None:
         self._buffers = buffers.view(blocks.shape[1], blocks.shape[0])
         self._gram = gram
-        self._scale_dtype = scale_dtype
+        self._store = store
         self._highest = np.float32((1 << fmt.code_bits) - 1)
         self._lowest_zero, self._highest_zero = np.float32(0), self._highest
         columns = self._buffers.weights
@@ -141,7 +145,7 @@ class _Trial:
 
     def set_scale(self, scale: Floats) -> None:
         """Round the weights on `scale` (float32 [rows], > 0), for the zero points that follow."""
-        self._scale = storable_scale(scale, self._scale_dtype)
+        self._scale = self._store(scale)
         np.multiply(self._buffers.weights, np.float32(1) / self._scale, out=self._buffers.levels)
         np.rint(self._buffers.levels, out=self._buffers.rounded)
 
@@ -219,14 +223,11 @@ def _better(
     scale, zero_point = plain.scale.copy(), plain.zero_point.copy()
     for start in range(0, len(blocks), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        before, after = (
-            _errors(blocks[rows], grams, fmt, BlockGrid(g.scale[rows], g.zero_point[rows]))
-            for g in (plain, found)
-        )
+        before, after = (_errors(blocks[rows], grams, fmt, g.rows(rows)) for g in (plain, found))
         better = after < before
         np.copyto(scale[rows], found.scale[rows], where=better)
         np.copyto(zero_point[rows], found.zero_point[rows], where=better)
-    return BlockGrid(scale, zero_point)
+    return BlockGrid(scale, zero_point, plain.unit)
 
 
 def _errors(blocks: Floats, grams: Floats, fmt: BlockFormat, grid: BlockGrid) -> Floats:

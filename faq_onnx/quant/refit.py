@@ -10,11 +10,15 @@ An input channel is a contiguous row of N in here, as in gptq.py.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.gptq import keep_better_rows, weight_error
+from faq_onnx.quant.stored_scales import storable_scale
 from faq_onnx.quant.uniform import HALF, BlockGrid, code_limits
 
 __all__ = ["descend_codes", "refit_scales"]
@@ -49,14 +53,14 @@ def refit_scales(
         scale_dtype: Dtype in which scales are stored.
 
     Returns:
-        Grid with new scales, representable in `scale_dtype`, and the same zero points.
+        Grid with new scales, as they can be stored, and the same zero points.
     """
     scale = np.empty_like(grid.scale)
     for start in range(0, len(weight), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        part = BlockGrid(grid.scale[rows], grid.zero_point[rows])
+        part = grid.rows(rows)
         scale[rows] = _refit_rows(weight[rows], codes[rows], part, gram, scale_dtype)
-    return BlockGrid(scale, grid.zero_point)
+    return BlockGrid(scale, grid.zero_point, grid.unit)
 
 
 def descend_codes(
@@ -80,7 +84,7 @@ def descend_codes(
     result = np.empty_like(codes)
     for start in range(0, len(weight), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        part = BlockGrid(grid.scale[rows], grid.zero_point[rows])
+        part = grid.rows(rows)
         lower = _descend_rows(weight[rows], codes[rows], part, gram, fmt)
         result[rows] = keep_better_rows(weight[rows], codes[rows], lower, part, gram)
     return result
@@ -92,6 +96,7 @@ def _refit_rows(
     """New scales [n, k_blocks] of some rows [n, K]."""
     columns, size = weight.shape[1], codes.shape[-1]
     errors = weight_error(weight, codes, grid).T.copy()
+    store = functools.partial(storable_scale, scale_dtype=scale_dtype, unit=grid.unit)
     scale = grid.scale.T.copy()  # ascontiguousarray would hand back one block's own memory
     for block in range(len(scale)):
         channels = slice(block * size, min((block + 1) * size, columns))
@@ -102,7 +107,7 @@ def _refit_rows(
         pull = -gradient.sum(axis=0)
         curvature = gram[channels, channels] @ levels
         curvature *= levels
-        step = _storable_step(scale[block], pull, curvature.sum(axis=0), scale_dtype)
+        step = _storable_step(scale[block], pull, curvature.sum(axis=0), store)
         scale[block] += step
         levels *= step
         errors[channels] += levels
@@ -110,24 +115,21 @@ def _refit_rows(
 
 
 def _storable_step(
-    scale: Matrix, pull: Matrix, curvature: Matrix, scale_dtype: npt.DTypeLike
+    scale: Matrix, pull: Matrix, curvature: Matrix, store: Callable[[Matrix], Matrix]
 ) -> Matrix:
     """From a scale to the best one that can be stored, or 0: float32 [n].
 
     Args:
-        scale: Now, representable in `scale_dtype`.
+        scale: Now, as stored.
         pull: Half the loss's slope, negated.
         curvature: Half the loss's second derivative, >= 0.
-        scale_dtype: Dtype in which scales are stored.
+        store: Rounds scales to what can be stored.
     """
     bent = curvature > 0
     wished = scale + np.divide(pull, curvature, out=np.zeros_like(pull), where=bent)
-    limits = np.finfo(np.float16 if np.dtype(scale_dtype) == np.float16 else np.float32)
-    largest = np.float32(limits.max)
-    stored = np.clip(wished, -largest, largest).astype(scale_dtype).astype(np.float32)
+    stored = store(wished)
     step: Matrix = stored - scale
-    usable = np.abs(stored) >= np.finfo(np.float32).smallest_normal
-    usable &= np.signbit(stored) == np.signbit(scale)
+    usable = np.signbit(stored) == np.signbit(scale)
     usable &= step * step * curvature < 2 * step * pull
     return np.where(bent & usable, step, np.float32(0))
 

@@ -281,12 +281,14 @@ def _join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     if len(weights) == 1:
         return weights[0]
     zero_points = [w.zero_points for w in weights if w.zero_points is not None]
+    units = [w.scale_unit for w in weights if w.scale_unit is not None]
     return dataclasses.replace(
         weights[0],
         out_features=sum(w.out_features for w in weights),
         packed=np.concatenate([w.packed for w in weights]),
         scales=np.concatenate([w.scales for w in weights]),
         zero_points=np.concatenate(zero_points) if zero_points else None,
+        scale_unit=np.concatenate(units) if units else None,
     )
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.artifacts.weights import QuantizedWeight
 from faq_onnx.quant.packing import pack_codes, unpack_codes
+from faq_onnx.quant.stored_scales import ScaleUnit, storable_scale
 
 __all__ = [
     "BlockGrid",
@@ -32,7 +33,6 @@ __all__ = [
     "quantize_rtn",
     "range_grid",
     "round_to_grid",
-    "storable_scale",
     "to_blocks",
     "to_quantized_weight",
     "unpack_weight",
@@ -50,12 +50,19 @@ class BlockGrid:
     """The levels of every block.
 
     Attributes:
-        scale: float32 [N, k_blocks], representable in the stored dtype, never 0.
+        scale: float32 [N, k_blocks], as it can be stored, never 0.
         zero_point: float32 [N, k_blocks], integer-valued.
+        unit: What scales are multiples of; None where each is stored as a float.
     """
 
     scale: Floats
     zero_point: Floats
+    unit: ScaleUnit | None = None
+
+    def rows(self, rows: slice) -> BlockGrid:
+        """Some rows of it."""
+        unit = None if self.unit is None else self.unit.rows(rows)
+        return BlockGrid(self.scale[rows], self.zero_point[rows], unit)
 
 
 def to_blocks(weight: npt.NDArray[np.floating], block_size: int) -> Floats:
@@ -93,26 +100,33 @@ def block_range(blocks: Floats) -> tuple[Floats, Floats]:
 
 
 def range_grid(
-    low: Floats, high: Floats, fmt: BlockFormat, scale_dtype: npt.DTypeLike = np.float32
+    low: Floats,
+    high: Floats,
+    fmt: BlockFormat,
+    scale_dtype: npt.DTypeLike = np.float32,
+    unit: ScaleUnit | None = None,
 ) -> BlockGrid:
     """Grid that covers [low, high] of each block (low <= 0 <= high, float32 [N, k_blocks]).
 
     Scales are rounded to `scale_dtype`; one that would become 0 or overflow there is set to the
-    nearest usable value, an all-zero block gets 1.
+    nearest usable value, an all-zero block gets 1. Or to multiples of a unit, by default the one
+    that suits these ranges.
     """
     if fmt.symmetric:
         signed = np.where(high > -low, high, low)
         wished: Floats = np.divide(signed, np.float32(-(1 << (fmt.code_bits - 1))))
-        scale = storable_scale(wished, scale_dtype)
+        unit = unit or ScaleUnit.of(wished, fmt, scale_dtype)
+        scale = storable_scale(wished, scale_dtype, unit)
         middle = np.float32(1 << (fmt.storage_bits - 1))
-        return BlockGrid(scale, np.full(scale.shape, middle, np.float32))
+        return BlockGrid(scale, np.full(scale.shape, middle, np.float32), unit)
     levels = np.float32((1 << fmt.code_bits) - 1)
     span: Floats = np.divide(high - low, levels)
-    scale = storable_scale(span, scale_dtype)
+    unit = unit or ScaleUnit.of(span, fmt, scale_dtype)
+    scale = storable_scale(span, scale_dtype, unit)
     # onnxruntime takes the zero point from the scale before it is rounded to float16
     divisor = np.where(span > 0, span, np.float32(1))
     zero_point = np.floor(np.float32(0) - low / divisor + HALF)
-    return BlockGrid(scale, np.clip(zero_point, np.float32(0), levels))
+    return BlockGrid(scale, np.clip(zero_point, np.float32(0), levels), unit)
 
 
 def minmax_grid(
@@ -162,6 +176,8 @@ def fake_quantize(
     Returns:
         float32 [N, k_blocks, block], equal to dequantize(round_to_grid(...)).
     """
+    if grid is None and fmt.block_scales != "float":  # chunks know nothing of whole rows
+        grid = minmax_grid(blocks, fmt, scale_dtype)
     result = np.empty_like(blocks) if out is None else out
     flat = result.reshape(-1, blocks.shape[-1])
     for rows, columns in _chunks(blocks):
@@ -196,7 +212,7 @@ def to_quantized_weight(
     scale_dtype: npt.DTypeLike = np.float32,
 ) -> QuantizedWeight:
     """Pack codes [N, k_blocks, block] and their grid into the layout of MatMulNBits."""
-    zero_points = None
+    unit, zero_points = grid.unit, None
     if not fmt.symmetric:
         zero_points = pack_codes(grid.zero_point.astype(np.uint8), fmt.storage_bits)
     return QuantizedWeight(
@@ -204,8 +220,9 @@ def to_quantized_weight(
         in_features=in_features,
         format=fmt,
         packed=pack_codes(codes, fmt.storage_bits),
-        scales=grid.scale.astype(scale_dtype),
+        scales=grid.scale.astype(scale_dtype) if unit is None else unit.multiples(grid.scale),
         zero_points=zero_points,
+        scale_unit=None if unit is None else unit.values,
     )
 
 
@@ -213,12 +230,13 @@ def unpack_weight(weight: QuantizedWeight) -> tuple[npt.NDArray[np.uint8], Block
     """Codes uint8 [N, k_blocks, block] and grid of a packed weight."""
     fmt = weight.format
     codes = unpack_codes(weight.packed, fmt.storage_bits, fmt.block_size)
-    scale = weight.scales.astype(np.float32)
+    unit = None if weight.scale_unit is None else ScaleUnit.stored(weight.scale_unit, fmt)
+    scale = weight.scales.astype(np.float32) if unit is None else unit.scales(weight.scales)
     if weight.zero_points is None:
         middle = np.float32(1 << (fmt.storage_bits - 1))
-        return codes, BlockGrid(scale, np.full(scale.shape, middle, np.float32))
+        return codes, BlockGrid(scale, np.full(scale.shape, middle, np.float32), unit)
     zero_point = unpack_codes(weight.zero_points, fmt.storage_bits, scale.shape[1])
-    return codes, BlockGrid(scale, zero_point.astype(np.float32))
+    return codes, BlockGrid(scale, zero_point.astype(np.float32), unit)
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Floats:
@@ -252,17 +270,3 @@ def _round(columns: Floats, scale: Floats, zero_point: Floats, fmt: BlockFormat)
     np.add(columns, HALF, out=columns)
     np.floor(columns, out=columns)
     np.clip(columns, np.float32(lowest), np.float32(highest), out=columns)
-
-
-def storable_scale(scale: Floats, scale_dtype: npt.DTypeLike) -> Floats:
-    """Round scales to the stored dtype, keeping them finite, off zero and invertible."""
-    dtype = np.dtype(scale_dtype)
-    limits = np.finfo(np.float16 if dtype == np.float16 else np.float32)
-    largest = np.float32(limits.max)
-    # float32: 1 / subnormal overflows, so stop at the smallest normal number
-    smallest = np.float32(
-        limits.smallest_subnormal if dtype == np.float16 else limits.smallest_normal
-    )
-    magnitude = np.clip(np.abs(scale), smallest, largest)
-    rounded = np.copysign(magnitude, scale).astype(dtype).astype(np.float32)
-    return np.where(scale == 0, np.float32(1), rounded)

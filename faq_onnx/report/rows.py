@@ -27,11 +27,7 @@ def weight_bytes(rows: int, columns: int, dtype: str, fmt: BlockFormat | None) -
     """Bytes that a weight [rows, columns] takes: codes, scales and zero points."""
     if fmt is None:
         return rows * columns * _DTYPE_BYTES[dtype]
-    k_blocks = -(-columns // fmt.block_size)
-    codes = rows * k_blocks * fmt.block_size * fmt.storage_bits // 8
-    scales = rows * k_blocks * (2 if dtype == "float16" else 4)
-    zero_points = 0 if fmt.symmetric else rows * -(-k_blocks * fmt.storage_bits // 8)
-    return codes + scales + zero_points
+    return fmt.weight_bytes(rows, columns, 2 if dtype == "float16" else 4)
 
 
 def site_rows(

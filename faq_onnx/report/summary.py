@@ -128,9 +128,10 @@ def _done(report: RunReport) -> str:
 
 
 def _formats(config: QuantizeConfig) -> str:
+    scales = "" if config.block_scales == "float" else f", block scales in {config.block_scales}"
     if config.budget is not None:
-        return f"2, 4 and 8 bits mixed under a budget of {config.budget}"
-    return f"{config.bits}-bit codes, blocks of {config.block_size}"
+        return f"2, 4 and 8 bits mixed under a budget of {config.budget}{scales}"
+    return f"{config.bits}-bit codes, blocks of {config.block_size}{scales}"
 
 
 def _head_format(config: QuantizeConfig) -> str:
@@ -177,19 +178,20 @@ def _quality(verification: VerificationReport | None) -> str:
             f"| perplexity of the source model | {logits.perplexity_float:.3f} |",
             f"| tokens compared | {logits.tokens} |",
         ]
-    kernels = verification.kernels
-    slow = len(verification.structure.slow_nodes)
-    rows += [
-        f"| kernel error, share of its tolerance | {kernels.worst:.3g} ({kernels.nodes} nodes) |",
-        f"| nodes on a slow path | {slow} of {verification.structure.nbits_nodes} |",
-    ]
+    kernels, structure = verification.kernels, verification.structure
+    if kernels is not None:
+        share = f"{kernels.worst:.3g} ({kernels.nodes} nodes)"
+        rows.append(f"| kernel error, share of its tolerance | {share} |")
+    if structure is not None:
+        slow = f"{len(structure.slow_nodes)} of {structure.nbits_nodes}"
+        rows.append(f"| nodes on a slow path | {slow} |")
     if verification.fold_error is not None:
         rows.append(f"| scale folding, float error | {verification.fold_error:.3g} |")
     if verification.attention is not None:
         rows.append(f"| attention | {verification.attention.text} |")
-    if verification.generation_matches is not None:
-        word = "equal" if verification.generation_matches else "DIFFERENT"
-        rows.append(f"| greedy tokens, onnxruntime-genai against onnxruntime | {word} |")
+    if verification.proof is not None:
+        name, tried = verification.proof.target, verification.proof.checks
+        rows += [f"| {name}: {check.name} | {check.value} |" for check in tried]
     table = "\n".join(["| measure | value |", "|---|---|", *rows])
     notes = "\n".join(f"- {text}" for text in verification.notes)
     return "\n\n".join(part for part in ("## Quality", table, notes) if part)

@@ -8,17 +8,22 @@ from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.plan import GroupPlan, QuantPlan
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, Totals
 from faq_onnx.artifacts.sites import EmbeddingSite, ModelCensus, ScaleGroup
+from faq_onnx.artifacts.target import FactTable, Refusal, TargetProof
 from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.report.rows import count_formats, curve_rows
 
 __all__ = [
     "census_text",
+    "fact_text",
     "format_bits",
     "format_bytes",
     "format_duration",
+    "package_text",
     "plan_text",
+    "proof_text",
     "quant_plan_text",
+    "refusals_text",
     "render_table",
     "result_text",
     "storage_note",
@@ -202,13 +207,17 @@ def trade_off_text(trade_off: TradeOff, formats: Iterable[tuple[int | None, int 
 def verification_text(verification: VerificationReport) -> str:
     """Structure, numbers and logits in a few lines."""
     structure, kernels = verification.structure, verification.kernels
-    slow = len(structure.slow_nodes)
-    lines = [
-        f"structure   IR {structure.ir_version}, opset {structure.opset}, onnxruntime "
-        f"{structure.onnxruntime}, {structure.nbits_nodes} MatMulNBits nodes, "
-        + (f"{slow} on a SLOW path" if slow else "none on a slow path"),
-        f"kernels     {kernels.nodes} nodes, worst error {kernels.worst:.3g} of its tolerance",
-    ]
+    lines = []
+    if structure is not None:
+        slow = len(structure.slow_nodes)
+        lines.append(
+            f"structure   IR {structure.ir_version}, opset {structure.opset}, onnxruntime "
+            f"{structure.onnxruntime}, {structure.nbits_nodes} MatMulNBits nodes, "
+            + (f"{slow} on a SLOW path" if slow else "none on a slow path")
+        )
+    if kernels is not None:
+        worst = f"worst error {kernels.worst:.3g} of its tolerance"
+        lines.append(f"kernels     {kernels.nodes} nodes, {worst}")
     if verification.logits is not None:
         logits = verification.logits
         lines += [
@@ -218,7 +227,9 @@ def verification_text(verification: VerificationReport) -> str:
         ]
     if verification.attention is not None:
         lines.append(f"attention   {verification.attention.text}")
-    lines.append(f"genai       {_generation(verification.generation_matches)}")
+    if verification.proof is not None:
+        lines.append(proof_text(verification.proof))
+    lines += [f"changed     {text}" for text in verification.changes]
     lines += [f"note        {text}" for text in verification.notes]
     return "\n".join(lines)
 
@@ -228,9 +239,34 @@ def package_text(manifest: PackageManifest) -> str:
     lines = [f"model       {format_bytes(manifest.model_bytes)}"]
     if manifest.attention is not None:
         lines.append(f"attention   {manifest.attention.text}")
-    lines.append(f"genai       {_generation(manifest.generation_matches)}")
+    lines.append(proof_text(manifest.proof))
     lines += [f"note        {text}" for text in manifest.notes]
+    lines += [f"\n{fact_text(table)}" for table in manifest.tables]
     return "\n".join(lines)
+
+
+def proof_text(proof: TargetProof) -> str:
+    """What the runtime of a target did: a line for each check, and what was measured."""
+    words = {True: "", False: "FAILED: ", None: ""}
+    lines = [
+        f"{proof.target:<11} {check.name}: {words[check.passed]}{check.value}"
+        for check in proof.checks
+    ]
+    lines += [f"\n{fact_text(table)}" for table in proof.tables]
+    return "\n".join(lines)
+
+
+def fact_text(table: FactTable) -> str:
+    """A table of figures under its title."""
+    return f"{table.title}\n{render_table(table.header, table.rows)}"
+
+
+def refusals_text(target: str, refusals: Sequence[Refusal]) -> str:
+    """What would not run on a target."""
+    if not refusals:
+        return f"{target}: nothing here is refused"
+    rows = [(each.place, each.found, each.allowed, each.way_out) for each in refusals]
+    return render_table((f"would not run on {target}", "found", "allowed", "way out"), rows)
 
 
 def worst_sites(rows: Iterable[SiteRow], count: int = 5) -> list[SiteRow]:
@@ -292,9 +328,3 @@ def _tie(embedding: EmbeddingSite) -> str:
     if embedding.tied_site is None or embedding.tie is None:
         return "-"
     return f"{embedding.tied_site} ({embedding.tie.value})"
-
-
-def _generation(matches: bool | None) -> str:
-    if matches is None:
-        return "not tried (pip install 'faq-onnx[genai]')"
-    return "greedy tokens equal onnxruntime's" if matches else "greedy tokens DIFFER"

@@ -1,14 +1,19 @@
-"""The output folder: written beside its final place, renamed when complete, and loadable."""
+"""Runtimes that packages are made for: one module each, behind `faq_onnx.targets.protocol`.
+
+Light to import: --help shows the names.
+"""
 
 from __future__ import annotations
 
-from faq_onnx.targets.genai import check_generation, write_genai_config
-from faq_onnx.targets.package import OutputFolder, check_free_space, copy_companions
+from collections.abc import Mapping
+from types import MappingProxyType
 
-__all__ = [
-    "OutputFolder",
-    "check_free_space",
-    "check_generation",
-    "copy_companions",
-    "write_genai_config",
-]
+__all__ = ["DEFAULT_TARGET", "TARGETS"]
+
+# The module of a target has its name, with _ for -, and a class `TARGET`.
+TARGETS: Mapping[str, str] = MappingProxyType(
+    {
+        "genai": "onnxruntime-genai: chat and text generation on CPU and GPU",
+    }
+)
+DEFAULT_TARGET = "genai"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faq_onnx.errors import PackageError, UsageError
-from faq_onnx.targets.genai import CONFIG_NAME
+from faq_onnx.targets.genai_config import CONFIG_NAME
 
 __all__ = ["Chat", "ChatSettings", "Message"]
 

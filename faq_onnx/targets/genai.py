@@ -1,4 +1,4 @@
-"""onnxruntime-genai: its config file, and a trial of what it generates."""
+"""onnxruntime-genai: its config file beside the model, and a trial of what it generates."""
 
 from __future__ import annotations
 
@@ -6,292 +6,100 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import numpy as np
-import onnx_ir as ir
-
-from faq_onnx.artifacts.source import SourceModel, context_length
-from faq_onnx.errors import ModelError, PackageError
-from faq_onnx.graph.io import load_model
+from faq_onnx.artifacts.target import PackageFacts, ProofCheck, Reference, TargetProof
 from faq_onnx.progress import Progress
-from faq_onnx.runtime.feeds import cache_position
-from faq_onnx.runtime.generate import generate_greedy
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
+from faq_onnx.targets.genai_config import CONFIG_NAME, write_genai_config
+from faq_onnx.targets.protocol import PackageJob, Target
+from faq_onnx.targets.versions import installed_versions
 
-__all__ = ["CONFIG_NAME", "check_generation", "write_genai_config"]
+__all__ = ["TARGET", "GenaiTarget"]
 
 _LOGGER = logging.getLogger(__name__)
-CONFIG_NAME = "genai_config.json"
-MODEL_NAME = "model.onnx"
-# model.type that genai 0.18 accepts and that equal a config.json's model_type; others are
-# refused with "Unsupported model_type", but run as the generic `decoder`.
-_TYPES = frozenset(
-    {
-        *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral"),
-        *("nemotron", "olmo", "phi3", "qwen2", "qwen3", "smollm3"),
-    }
-)
-_GENERIC_TYPE = "decoder"
-_NEEDED_KEYS = ("hidden_size", "num_attention_heads", "vocab_size")
-_TRIAL_TIMEOUT_S = 600
+_TIMEOUT_S = 600
+_CHECK = "greedy tokens"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cache:
-    """Name patterns ("past_key_values.%d.key") of the KV cache and its sizes."""
+class _Trial:
+    """What genai generated, or why it could not."""
 
-    past_key: str
-    past_value: str
-    present_key: str
-    present_value: str
-    layers: int
-    heads: int | None
-    head_size: int | None
+    tokens: list[int]
+    problem: str = ""
 
 
-def write_genai_config(folder: Path, source: SourceModel, progress: Progress) -> Path | None:
-    """Write genai_config.json for `folder / "model.onnx"`, from config.json and the graph.
+@dataclasses.dataclass(frozen=True)
+class GenaiTarget(Target):
+    """A folder for onnxruntime and onnxruntime-genai, which `convert` writes of any model."""
 
-    A source made by genai's own builder has one already; that is kept, with the file name changed.
+    name: ClassVar[str] = "genai"
+    must_pass: ClassVar[bool] = False  # what genai cannot run is a package of onnxruntime still
 
-    Returns:
-        The file, or None where genai cannot run the model (a note says why).
+    def package(self, job: PackageJob) -> PackageFacts:
+        """Write genai_config.json."""
+        write_genai_config(job.folder, job.source, job.progress)
+        return PackageFacts()
 
-    Raises:
-        PackageError: A config of the source that is not JSON.
-    """
-    given = source.companion(CONFIG_NAME)
-    if given is not None:
-        content = _read_json(given)
-        content["model"]["decoder"]["filename"] = MODEL_NAME
-        return _write_json(folder / CONFIG_NAME, content)
-    config_path = source.companion("config.json")
-    if config_path is None:
-        progress.note("no genai_config.json: the source has no config.json")
-        return None
-    config = _read_json(config_path)
-    config = {**config, **config.get("text_config", {})}
-    missing = [key for key in _NEEDED_KEYS if config.get(key) is None]
-    if missing:
-        progress.note(f"no genai_config.json: {config_path} lacks {', '.join(missing)}")
-        return None
-    model = load_model(folder / MODEL_NAME)
-    cache = _find_cache(model.graph)
-    names = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
-    if cache is None or not {"input_ids", "logits"} <= names:
-        progress.note(
-            "no genai_config.json: onnxruntime-genai needs input_ids, logits and a KV cache"
-        )
-        return None
-    generation_path = source.companion("generation_config.json")
-    generation = {} if generation_path is None else _read_json(generation_path)
-    content = {
-        "model": _model_section(config, generation, model.graph, cache),
-        "search": _search_section(config, generation, share_buffer=_can_share_buffer(model.graph)),
-    }
-    return _write_json(folder / CONFIG_NAME, content)
+    def prove(self, folder: Path, reference: Reference, progress: Progress) -> TargetProof:
+        """Whether genai's greedy tokens equal those of a plain onnxruntime loop.
+
+        Low-bit nodes compute in float32 on both sides, since int8 activations make two equal
+        graphs differ at near ties.
+        """
+        with progress.stage("try onnxruntime-genai", 1, "runs") as advance:
+            check = _check(folder, reference)
+            advance(1)
+        versions = installed_versions("onnxruntime", "onnxruntime-genai")
+        return TargetProof(target=self.name, checks=(check,), versions=versions)
 
 
-def check_generation(
-    folder: Path, prompt_ids: Sequence[int], steps: int, plain: Path | None = None
-) -> bool | None:
-    """Whether genai's greedy tokens equal those of a plain onnxruntime loop.
+TARGET = GenaiTarget
 
-    genai runs in a process of its own: it crashes on what it does not like. Low-bit nodes compute
-    in float32 on both sides, since int8 activations make two equal graphs differ at near ties.
 
-    Args:
-        folder: A package with genai_config.json.
-        prompt_ids: At least one token id.
-        steps: Tokens to generate; genai may stop earlier, at an end token.
-        plain: The model that the plain loop runs; None takes the package's own.
-
-    Returns:
-        None where genai is not installed, the folder has no genai_config.json, or the plain loop
-        cannot feed the model; False also where genai cannot load the folder. Reasons are logged.
-    """
+def _check(folder: Path, reference: Reference) -> ProofCheck:
     if importlib.util.find_spec("onnxruntime_genai") is None:
-        return None
+        return _verdict(None, "not tried (pip install 'faq-onnx[genai]')")
     if not (folder / CONFIG_NAME).is_file():
-        return None
-    theirs = _generate_in_genai(folder, prompt_ids, steps)
-    if not theirs:
-        return False
-    try:
-        path = folder / MODEL_NAME if plain is None else plain
-        ours = _generate_in_onnxruntime(path, prompt_ids, len(theirs))
-    except ModelError as error:
-        _LOGGER.warning("onnxruntime-genai runs, but there is nothing to compare: %s", error)
-        return None
-    if ours != theirs:
-        _LOGGER.warning("onnxruntime-genai generates %s, onnxruntime %s", theirs, ours)
-    return ours == theirs
+        return _verdict(None, f"not tried: no {CONFIG_NAME}")
+    trial = _generate(folder, reference)
+    if trial.problem:
+        return _verdict(False, trial.problem)
+    if reference.problem:
+        return _verdict(None, f"nothing to compare with: {reference.problem}")
+    ours = list(reference.tokens[: len(trial.tokens)])  # genai stops at an end token
+    if ours == trial.tokens:
+        return _verdict(True, "equal onnxruntime's")
+    return _verdict(False, f"DIFFER: onnxruntime-genai {trial.tokens}, onnxruntime {ours}")
 
 
-def _generate_in_genai(folder: Path, prompt_ids: Sequence[int], steps: int) -> list[int]:
+def _verdict(passed: bool | None, value: str) -> ProofCheck:
+    if passed is False:
+        _LOGGER.warning("%s", value)
+    return ProofCheck(name=_CHECK, passed=passed, value=value)
+
+
+def _generate(folder: Path, reference: Reference) -> _Trial:
+    """Greedy tokens of genai in a process of its own: it crashes on what it does not like."""
+    steps = len(reference.tokens) or 1
     command = [sys.executable, "-m", "faq_onnx.targets._genai_trial", str(folder), str(steps)]
     try:
         done = subprocess.run(  # noqa: S603 - our own module, no shell
             command,
-            input=json.dumps([int(token) for token in prompt_ids]),
+            input=json.dumps(reference.prompt),
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_TRIAL_TIMEOUT_S,
+            timeout=_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        _LOGGER.warning("onnxruntime-genai took more than %d s on %s", _TRIAL_TIMEOUT_S, folder)
-        return []
+        return _Trial([], f"onnxruntime-genai took more than {_TIMEOUT_S} s on {folder}")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        _LOGGER.warning("onnxruntime-genai cannot run %s: %s", folder, lines[-1])
-        return []
-    return [int(token) for token in json.loads(done.stdout.splitlines()[-1])]
-
-
-def _generate_in_onnxruntime(path: Path, prompt_ids: Sequence[int], steps: int) -> list[int]:
-    session = open_session(path, config=FLOAT_KERNELS)
-    return list(generate_greedy(session, np.asarray(prompt_ids, np.int64), steps))
-
-
-def _model_section(
-    config: Mapping[str, Any], generation: Mapping[str, Any], graph: ir.Graph, cache: _Cache
-) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    kind = config.get("model_type")
-    eos = _first_of((generation, config), "eos_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = _first_of((generation, config), "pad_token_id")
-    bos = _first_of((generation, config), "bos_token_id")
-    tokens = {
-        "bos_token_id": first_eos if bos is None else bos,
-        "eos_token_id": eos,
-        "pad_token_id": first_eos if pad is None else pad,
-    }
-    return {
-        # genai reads a missing id as "there is none", and refuses null.
-        **{name: token for name, token in tokens.items() if token is not None},
-        "context_length": context_length(config),
-        "type": kind if kind in _TYPES else _GENERIC_TYPE,
-        "vocab_size": config["vocab_size"],
-        "decoder": {
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-            "filename": MODEL_NAME,
-            "head_size": cache.head_size
-            or config.get("head_dim")
-            or config["hidden_size"] // heads,
-            "hidden_size": config["hidden_size"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": cache.heads or config.get("num_key_value_heads") or heads,
-            "num_hidden_layers": cache.layers,
-            "inputs": _input_names(graph, cache),
-            "outputs": {
-                "logits": "logits",
-                "present_key_names": cache.present_key,
-                "present_value_names": cache.present_value,
-            },
-        },
-    }
-
-
-def _search_section(
-    config: Mapping[str, Any], generation: Mapping[str, Any], *, share_buffer: bool
-) -> dict[str, Any]:
-    return {
-        "do_sample": bool(generation.get("do_sample", False)),
-        "max_length": context_length(config),
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        # Sharing writes into the past in place; a graph that concatenates cannot.
-        "past_present_share_buffer": share_buffer,
-        "repetition_penalty": generation.get("repetition_penalty") or 1.0,
-        "temperature": generation.get("temperature") or 1.0,
-        "top_k": generation.get("top_k") or 50,
-        "top_p": generation.get("top_p") or 1.0,
-    }
-
-
-def _input_names(graph: ir.Graph, cache: _Cache) -> dict[str, str]:
-    present = {value.name for value in graph.inputs}
-    names = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in present}
-    return names | {"past_key_names": cache.past_key, "past_value_names": cache.past_value}
-
-
-def _find_cache(graph: ir.Graph) -> _Cache | None:
-    past = _patterns(graph.inputs)
-    present = _patterns(graph.outputs)
-    if past.keys() != {"key", "value"} or present.keys() != {"key", "value"}:
-        return None
-    keys = [v for v in graph.inputs if _pattern(v.name or "") == past["key"]]
-    shape = keys[0].shape
-    return _Cache(
-        past_key=past["key"],
-        past_value=past["value"],
-        present_key=present["key"],
-        present_value=present["value"],
-        layers=len(keys),
-        heads=_static(shape, 1),
-        head_size=_static(shape, 3),
-    )
-
-
-def _patterns(values: Sequence[ir.Value]) -> dict[str, str]:
-    """Patterns of cache values by "key" and "value"; empty where the names are ambiguous."""
-    found: dict[str, set[str]] = {}
-    for value in values:
-        pattern = _pattern(value.name or "")
-        if pattern is None:
-            continue
-        rest = pattern.replace("key_values", "")  # "past_key_values" is in both
-        for kind in ("key", "value"):
-            if kind in rest:
-                found.setdefault(kind, set()).add(pattern)
-    return {kind: patterns.pop() for kind, patterns in found.items() if len(patterns) == 1}
-
-
-def _pattern(name: str) -> str | None:
-    """Name with its one number replaced by %d; None without exactly one number."""
-    if "%" in name or len(re.findall(r"\d+", name)) != 1:
-        return None
-    return re.sub(r"\d+", "%d", name)
-
-
-def _static(shape: ir.Shape | None, axis: int) -> int | None:
-    if shape is None or len(shape) != 4:
-        return None
-    size = shape[axis]
-    return size if isinstance(size, int) else None
-
-
-def _can_share_buffer(graph: ir.Graph) -> bool:
-    """Whether every cache goes straight into the operator that can write in place."""
-    past = [value for value in graph.inputs if cache_position(value.name or "") is not None]
-    readers = {use.node.op_type for value in past for use in value.uses()}
-    return readers == {"GroupQueryAttention"}
-
-
-def _first_of(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return next((c[key] for c in configs if c.get(key) is not None), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise PackageError(f"{path}: expected a JSON object")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
+        return _Trial([], f"onnxruntime-genai cannot run {folder}: {lines[-1]}")
+    tokens = [int(token) for token in json.loads(done.stdout.splitlines()[-1])]
+    return _Trial(tokens, "" if tokens else f"onnxruntime-genai generates nothing from {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import os
 import re
@@ -19,9 +20,16 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.errors import PackageError
 from faq_onnx.targets.tokenizer import mend_tokenizer
 
-__all__ = ["OutputFolder", "check_free_space", "copy_companions", "name_full_disk"]
+__all__ = [
+    "MANIFEST_NAME",
+    "OutputFolder",
+    "check_free_space",
+    "copy_companions",
+    "name_full_disk",
+]
 
 _LOGGER = logging.getLogger(__name__)
+MANIFEST_NAME = "package.json"
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -223,11 +231,24 @@ def _check_replaceable(output: Path, *, force: bool) -> None:
     if not force:
         raise PackageError(f"{output}: exists already; choose another output or use --force")
     ours = any(entry.suffix in _OUR_SUFFIXES for entry in entries)
-    if not ours or not all(entry.is_file() for entry in entries):
+    folders = [entry for entry in entries if not entry.is_file()]
+    deep = {file for folder in folders for file in folder.rglob("*") if not file.is_dir()}
+    named = {output / name for name in _files_named_in_manifest(output)}
+    known = {parent for path in named for parent in path.parents}
+    if not ours or not known.issuperset(folders) or not named.issuperset(deep):
         raise PackageError(
             f"{output}: does not look like an output of faq-onnx, so even --force does not "
             f"delete it; remove it yourself or choose another output"
         )
+
+
+def _files_named_in_manifest(output: Path) -> list[str]:
+    """Files that a package says it has: targets may write folders."""
+    try:
+        content = json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))
+        return list(content["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of something else
+        return []
 
 
 def _find_disk_full(error: BaseException | None) -> BaseException | None:

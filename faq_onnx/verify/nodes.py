@@ -46,6 +46,40 @@ class LowBitSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Product:
+    """Scales that the graph multiplies out of 8-bit multiples and one unit per row."""
+
+    multiples: ir.TensorProtocol
+    unit: ir.TensorProtocol
+
+    @property
+    def parts(self) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+        """Tensors of the file."""
+        return self.multiples, self.unit
+
+    @property
+    def size(self) -> int:
+        """Number of scales."""
+        return self.multiples.size
+
+    @property
+    def shape(self) -> ir.Shape:
+        """As `multiples`."""
+        return ir.Shape(self.multiples.shape.numpy())
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """As `unit`."""
+        return self.unit.dtype
+
+    def numpy(self) -> Array:
+        """[N, k_blocks] in the dtype of the unit; multiplied in float32."""
+        multiples = np.asarray(self.multiples.numpy()).astype(np.float32)
+        unit = np.asarray(self.unit.numpy())
+        return (multiples * unit.astype(np.float32)).astype(unit.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class LowBitNode:
     """A MatMulNBits or GatherBlockQuantized node.
 
@@ -61,7 +95,7 @@ class LowBitNode:
     rows: int
     spec: LowBitSpec
     _packed: ir.TensorProtocol
-    _scales: ir.TensorProtocol
+    _scales: ir.TensorProtocol | _Product
     _zero_points: ir.TensorProtocol | None
 
     @property
@@ -86,8 +120,10 @@ class LowBitNode:
     def release(self) -> None:
         """Unmap its tensors, so that checked weights leave memory; arrays given out are copies."""
         for tensor in (self._packed, self._scales, self._zero_points):
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()
+            parts = tensor.parts if isinstance(tensor, _Product) else (tensor,)
+            for part in parts:
+                if isinstance(part, ir.ExternalTensor):
+                    part.release()
 
 
 def low_bit_nodes(model: ir.Model) -> Iterator[LowBitNode]:
@@ -203,7 +239,8 @@ def _parse(node: ir.Node) -> LowBitNode:
     is_matmul = node.op_type == MATMUL
     name = node.name or node.outputs[0].name or node.op_type
     places = (1, 2, 3) if is_matmul else (0, 2, 3)
-    packed, scales, zero_points = (_constant(node, place) for place in places)
+    packed, zero_points = (_constant(node, place) for place in places[::2])
+    scales = _constant(node, places[1]) or _product(node, places[1])
     if packed is None or scales is None:
         raise VerificationError(f"{name} ({node.op_type}): weights or scales are not constant")
     block_size, bits = _integer(node, "block_size", name), node.attributes.get_int("bits", 4)
@@ -243,6 +280,27 @@ def _constant(node: ir.Node, place: int) -> ir.TensorProtocol | None:
             return None
         value = producer.inputs[0]
     return None if value is None else value.const_value
+
+
+def _product(node: ir.Node, place: int) -> _Product | None:
+    """Scales that are stored in 8 bits: Mul(Cast(multiples), unit), in float16 with more Casts."""
+    product = _above(node, place)
+    if product is not None and product.op_type == "Cast":
+        product = _above(product, 0)
+    if product is None or product.op_type != "Mul":
+        return None
+    parts = []
+    for side in (0, 1):
+        cast = _above(product, side)
+        holder = (product, side) if cast is None or cast.op_type != "Cast" else (cast, 0)
+        parts.append(_constant(*holder))
+    multiples, unit = parts
+    return None if multiples is None or unit is None else _Product(multiples, unit)
+
+
+def _above(node: ir.Node, place: int) -> ir.Node | None:
+    value = node.inputs[place] if place < len(node.inputs) else None
+    return None if value is None else value.producer()
 
 
 def _integer(node: ir.Node, attribute: str, name: str) -> int:

@@ -14,7 +14,7 @@ import pytest
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.progress import SILENT
 from faq_onnx.targets.chat import Chat, ChatSettings
-from faq_onnx.targets.genai import write_genai_config
+from faq_onnx.targets.genai_config import write_genai_config
 from faq_onnx.testing import write_tiny_llama
 
 TEMPLATE = (

@@ -210,6 +210,7 @@ def test_verify_finds_what_convert_found(cli: Any, whole: Path, source: Path) ->
     report = RunReport.load(whole / "report.json").verification
     assert report is not None
     assert report.logits is not None
+    assert report.structure is not None
     assert found["logits"] == report.logits.model_dump()
     assert found["structure"] == report.structure.model_dump(mode="json")
     assert cli.run("verify", whole, "-q").code == 0

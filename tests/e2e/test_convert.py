@@ -63,12 +63,23 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 def low_bit_nodes(model: onnx.ModelProto) -> list[LowBit]:
     tensors = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    casts = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}
+    products = {
+        node.output[0]: (casts[node.input[0]], node.input[1])
+        for node in model.graph.node
+        if node.op_type == "Mul" and node.input[0] in casts and node.input[1] in tensors
+    }
     found = []
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
             continue
         settings = {attribute.name: attribute.i for attribute in node.attribute}
-        arrays = [tensors[name] for name in node.input[1:] if name]
+        arrays = [tensors[name] for name in node.input[1:] if name in tensors]
+        size = sum(array.nbytes for array in arrays)
+        if node.input[2] in products:  # 8-bit scales
+            multiples, unit = (tensors[name] for name in products[node.input[2]])
+            arrays.insert(1, multiples.astype(np.float32) * unit)
+            size += multiples.nbytes + unit.nbytes
         n, k, bits = settings["N"], settings["K"], settings["bits"]
         blocks = -(-k // settings["block_size"])
         zero_points = np.full((n, blocks), 2 ** (bits - 1), np.uint8)
@@ -84,7 +95,7 @@ def low_bit_nodes(model: onnx.ModelProto) -> list[LowBit]:
                 scales=arrays[1].astype(np.float32).reshape(n, blocks, 1),
                 zero_points=zero_points.astype(np.float32).reshape(n, blocks, 1),
                 symmetric=len(arrays) == 2,
-                size_bytes=sum(array.nbytes for array in arrays),
+                size_bytes=size,
                 shape=(n, k),
             )
         )
@@ -108,6 +119,8 @@ def check_package(out: Path) -> tuple[RunReport, onnx.ModelProto]:
     assert report.totals.output_bytes == sum(path.stat().st_size for path in files)
     verification = report.verification
     assert verification is not None
+    assert verification.structure is not None
+    assert verification.kernels is not None
     assert verification.structure.nbits_nodes == len(nodes)
     assert verification.kernels.nodes >= 1
     assert verification.kernels.worst <= 1
@@ -235,6 +248,28 @@ def test_block_sizes(cli: Any, source: Path, tmp_path: Path, block_size: int) ->
     assert {row.block_size for row in report.sites} == {block_size}
 
 
+@pytest.mark.parametrize("words", [("--method", "rtn"), ("--symmetric",), ("--budget", "6bpw")])
+def test_block_scales_in_8_bits(
+    cli: Any, source: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    shape = ("--block-size", "16", "--lm-head", "same", *words)
+    reports = {}
+    for kind in ("float", "8-bit"):
+        done = cli.quick("convert", source, "-o", tmp_path / kind, *shape, "--block-scales", kind)
+        assert done.code == 0, done.err
+        reports[kind], _ = check_package(tmp_path / kind)
+    assert kl(reports["8-bit"]) == pytest.approx(
+        kl_of(tmp_path / "8-bit", source, cli.text), rel=1e-3
+    )
+    if "--budget" in words:
+        assert reports["8-bit"].totals.bits_per_weight <= 6
+        return
+    for plain, small in zip(reports["float"].sites, reports["8-bit"].sites, strict=True):
+        # 4 bytes become 1 for each block, and each row has 4 more
+        saved = plain.out_features * (3 * -(-plain.in_features // 16) - 4)
+        assert plain.size_bytes - small.size_bytes == saved
+
+
 @pytest.mark.parametrize("method", ["faq", "faq-gptq"])
 def test_rows_that_no_block_divides(
     cli: Any, make_source: MakeSource, tmp_path: Path, method: str
@@ -328,7 +363,7 @@ def test_excluded_sites_stay_float(cli: Any, source: Path, tmp_path: Path) -> No
 
 # --- the package ---------------------------------------------------------------------------
 
-FILES = {"model.onnx", "report.json", "summary.md", "tokenizer.json"}
+FILES = {"model.onnx", "package.json", "report.json", "summary.md", "tokenizer.json"}
 
 
 def test_external_data(cli: Any, source: Path, tmp_path: Path) -> None:
@@ -365,7 +400,8 @@ def test_whole_package_runs_in_genai(cli: Any, tmp_path: Path) -> None:
     report, _ = check_package(tmp_path / "out")
     assert report.family == "llama"
     assert report.verification is not None
-    assert report.verification.generation_matches is True
+    assert report.verification.proof is not None
+    assert [check.passed for check in report.verification.proof.checks] == [True]
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def test_greedy_tokens_in_genai_equal_the_unfused_model_in_onnxruntime(
     done = cli.run("package", source, "-o", tmp_path / "out", "--target", "genai", "-q")
     assert done.code == 0, done.err
     manifest = PackageManifest.load(tmp_path / "out" / "package.json")
-    assert manifest.generation_matches is True
+    (check,) = manifest.proof.checks
+    assert (check.name, check.passed) == ("greedy tokens", True)
+    assert manifest.proof.versions.keys() == {"onnxruntime", "onnxruntime-genai"}
     assert manifest.attention is not None
     assert (manifest.attention.fused, manifest.attention.layers) == (2, 2)
     assert "Softmax" not in kinds(tmp_path / "out")
@@ -59,7 +61,7 @@ def test_attention_can_stay(cli: Any, tmp_path: Path) -> None:
     done = cli.run(*words, "--no-fuse-attention")
     assert done.code == 0, done.err
     assert done.json["attention"] is None
-    assert done.json["generation_matches"] is not False
+    assert done.json["proof"]["checks"][0]["passed"] is not False
     assert "Softmax" in kinds(tmp_path / "out")
     assert not shares_buffer(tmp_path / "out")
 
@@ -88,7 +90,8 @@ def test_convert_fuses_unless_told_not_to(cli: Any, tmp_path: Path, fuse: bool) 
     assert done.code == 0, done.err
     report = RunReport.load(out / "report.json").verification
     assert report is not None
-    assert report.generation_matches in {True, None}  # None without onnxruntime-genai
+    assert report.proof is not None
+    assert not report.proof.failed
     assert ("GroupQueryAttention" in kinds(out)) is fuse
     assert ("2 of 2 layers in GroupQueryAttention" in (out / "summary.md").read_text()) is fuse
     assert (report.attention is not None) is fuse

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from faq_onnx.artifacts.plan import BlockFormat, SitePlan
 from faq_onnx.artifacts.sites import LinearRole, LinearSite, ModelCensus, Tie, WeightLayout
 from faq_onnx.artifacts.weights import QuantizedWeight
+from faq_onnx.config import BlockScales
 from faq_onnx.errors import RewriteError
+from faq_onnx.graph.io import save_model
 from faq_onnx.graph.weights import read_weight, transform_initializer
 from faq_onnx.passes import MatMulToNBitsPass, run_passes
 from faq_onnx.quant.formats import block_format
-from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
+from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn, unpack_weight
 from faq_onnx.testing import (
     TinyLlama,
     assert_models_close,
@@ -25,6 +29,7 @@ from faq_onnx.testing import (
     tiny_llama_census,
     tiny_llama_onnx,
 )
+from faq_onnx.verify.nodes import low_bit_nodes
 
 SPEC = TinyLlama()
 CENSUS = tiny_llama_census(SPEC)
@@ -66,6 +71,7 @@ class Case:
     code_bits: int
     block_size: int
     symmetric: bool
+    block_scales: BlockScales = "float"
 
 
 CASES = [
@@ -74,12 +80,14 @@ CASES = [
     Case(TinyLlama(tie=Tie.DUPLICATE, qkv_bias=True), 2, 64, symmetric=False),
     Case(TinyLlama(hidden=80, intermediate=112), 4, 64, symmetric=False),  # padded last blocks
     Case(TinyLlama(hidden=80, intermediate=112), 3, 32, symmetric=True),
+    Case(SPEC, 4, 16, symmetric=False, block_scales="8-bit"),
+    Case(SPEC, 4, 32, symmetric=True, block_scales="8-bit"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_computes_with_the_dequantized_weights(case: Case) -> None:
-    fmt = block_format(case.code_bits, case.block_size, case.symmetric)
+    fmt = block_format(case.code_bits, case.block_size, case.symmetric, case.block_scales)
     census, model = tiny_llama_census(case.spec), tiny_llama_onnx(case.spec)
     rewrite, expected = to_nbits(model, census, fmt), tiny_llama_onnx(case.spec)
     for site in census.sites:
@@ -312,3 +320,32 @@ def test_a_weight_with_a_leading_one_needs_rank_three() -> None:
     transform_initializer(expected, "w", lambda _: weight.T[None])
     feeds = {"x": np.eye(16, dtype=np.float32)[None]}  # picks single weights: no sums, no error
     assert_models_close(model, expected, feeds, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_onnxruntime_folds_scales_of_8_bits(dtype: str, symmetric: bool, tmp_path: Path) -> None:
+    """Into initializers: its int8 kernels are wrong where scales are no constants (1.31).
+
+    In float16 models it casts scales of some nodes, all float ones too, and folds that only at the
+    level that is the default.
+    """
+    spec = TinyLlama(dtype=dtype, tie=Tie.SHARED)
+    census, model = tiny_llama_census(spec), tiny_llama_onnx(spec)
+    fmt = block_format(4, 16, symmetric, "8-bit")
+    weights = quantized(model, census, fmt)
+    run_passes(model, [MatMulToNBitsPass(census.sites, plans(census, fmt), weights)])
+    save_model(model, tmp_path / "model.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns about files that were optimized for this machine
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_BASIC if dtype == "float32" else levels.ORT_ENABLE_ALL
+    )
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    nodes = {node.name: node for node in low_bit_nodes(ir.load(tmp_path / "folded.onnx"))}
+    for site in census.sites:
+        node, weight = nodes[f"{site.name}_Q4"], weights[site.name]
+        found = node.scales(slice(None))  # of the initializer, or there would be none
+        np.testing.assert_array_equal(found, unpack_weight(weight)[1].scale)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from faq_onnx.config import BlockScales
 from faq_onnx.errors import PlanError
 from faq_onnx.planning.budget import (
     Allocation,
@@ -19,7 +21,6 @@ from faq_onnx.planning.budget import (
     BudgetKind,
     Candidate,
     allocate,
-    format_bytes,
     parse_budget,
 )
 from faq_onnx.quant.formats import BLOCK_SIZES, CODE_BITS, block_format
@@ -166,11 +167,18 @@ def test_the_smallest_value_in_the_message_can_be_met(
     st.sampled_from(BLOCK_SIZES),
     st.booleans(),
     st.sampled_from([np.float32, np.float16]),
+    st.sampled_from(get_args(BlockScales)),
 )
-def test_format_bytes_are_those_of_a_quantized_weight(  # noqa: PLR0913, PLR0917
-    rows: int, columns: int, bits: int, block: int, symmetric: bool, dtype: type
+def test_weight_bytes_are_those_of_a_quantized_weight(  # noqa: PLR0913, PLR0917
+    rows: int,
+    columns: int,
+    bits: int,
+    block: int,
+    symmetric: bool,
+    dtype: type,
+    scales: BlockScales,
 ) -> None:
-    fmt = block_format(bits, block, symmetric)
+    fmt = block_format(bits, block, symmetric, scales)
     weight = np.random.default_rng(columns).normal(size=(rows, columns))
     packed = quantize_rtn(weight, fmt, dtype)
-    assert format_bytes(rows, columns, fmt, dtype) == packed.size_bytes
+    assert fmt.weight_bytes(rows, columns, np.dtype(dtype).itemsize) == packed.size_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.config import BlockScales
 from faq_onnx.quant.formats import CODE_BITS, block_format
 from faq_onnx.quant.gptq import GramFactor, round_gptq
 from faq_onnx.quant.refit import descend_codes, refit_scales
@@ -62,7 +64,10 @@ class Case:
 def cases(draw: st.DrawFn, *, bits: tuple[int, ...] = CODE_BITS) -> Case:
     """Weights with outliers; Gram matrices of few or many tokens, with dead and huge channels."""
     fmt = block_format(
-        draw(st.sampled_from(bits)), draw(st.sampled_from([16, 32])), symmetric=draw(st.booleans())
+        draw(st.sampled_from(bits)),
+        draw(st.sampled_from([16, 32])),
+        symmetric=draw(st.booleans()),
+        block_scales=draw(st.sampled_from(get_args(BlockScales))),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 100))
@@ -129,7 +134,9 @@ def test_new_scales_raise_no_row_and_can_be_stored(case: Case, compensate: bool)
         codes = round_gptq(case.weight, case.grid, case.fmt, GramFactor.of(case.gram, 0.01))
     grid = refit_scales(case.weight, codes, case.grid, case.gram, case.scale_dtype)
     assert (case.losses(codes, grid) <= case.losses(codes) + case.slack).all()
-    np.testing.assert_array_equal(grid.scale, grid.scale.astype(case.scale_dtype))
+    unit = grid.unit
+    stored = grid.scale.astype(case.scale_dtype) if unit is None else unit.round(grid.scale)
+    np.testing.assert_array_equal(grid.scale, stored)
     np.testing.assert_array_equal(np.sign(grid.scale), np.sign(case.grid.scale))
     np.testing.assert_array_equal(grid.zero_point, case.grid.zero_point)
 

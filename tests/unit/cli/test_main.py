@@ -97,7 +97,7 @@ def test_all_wrong_options_are_listed_at_once(capsys: pytest.CaptureFixture[str]
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "error: 3 problems",
-        "  - --bits: found 5; allowed 2, 3, 4 or 8",
+        "  - --bits: found 5; allowed 2, 3, 4 or 8 (nearest: 4)",
         "  - --samples: found 'no'; allowed a whole number",
         "  - --max-kl: found -1; allowed a number > 0.0",
     ]
@@ -109,7 +109,7 @@ def test_json_error_is_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(captured.out)["error"] == {
         "type": "ConfigError",
         "exit_code": 2,
-        "message": "--bits: found 5; allowed 2, 3, 4 or 8",
+        "message": "--bits: found 5; allowed 2, 3, 4 or 8 (nearest: 4)",
         "notes": [],
     }
     assert captured.err.startswith("error: --bits")

@@ -14,7 +14,7 @@ from faq_onnx.artifacts.sites import ModelCensus, Tie
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import PlanError
 from faq_onnx.graph.weights import read_initializer
-from faq_onnx.planning.budget import format_bytes, parse_budget
+from faq_onnx.planning.budget import parse_budget
 from faq_onnx.planning.mixed import (
     CURVE_POINTS,
     KL_SHARE,
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_the_plans_and_within_the_budget(planned: Make, budge
     total = weights = 0
     for name, fmt in _formats(found).items():
         assert fmt is not None
-        total += format_bytes(*shapes[name], fmt)
+        total += fmt.weight_bytes(*shapes[name])
         weights += shapes[name][0] * shapes[name][1]
     assert total == found.allocation.total.bytes
     assert found.allocation.total.bpw == 8 * total / weights

@@ -17,6 +17,7 @@ from faq_onnx.artifacts.sites import (
     SkippedWeight,
     WeightLayout,
 )
+from faq_onnx.artifacts.target import ProofCheck, TargetProof
 from faq_onnx.artifacts.verification import (
     KernelCheck,
     LogitMetrics,
@@ -92,6 +93,11 @@ VERIFICATION = VerificationReport(
         tokens=2048, kl_nats=0.1234, top1_agreement=0.875, perplexity_float=16.0, perplexity=18.5
     ),
     sites=(),
+    proof=TargetProof(
+        target="genai",
+        checks=(ProofCheck(name="greedy tokens", passed=None, value="not tried"),),
+        versions={},
+    ),
     notes=("self-made text",),
 )
 
@@ -230,11 +236,14 @@ def test_result_shows_quality() -> None:
 
 
 def test_slow_and_different_results_stand_out() -> None:
+    assert VERIFICATION.structure is not None
     structure = VERIFICATION.structure.model_copy(update={"slow_nodes": ("q",)})
-    worse = VERIFICATION.model_copy(update={"structure": structure, "generation_matches": False})
+    check = ProofCheck(name="greedy tokens", passed=False, value="DIFFER")
+    proof = TargetProof(target="genai", checks=(check,), versions={})
+    worse = VERIFICATION.model_copy(update={"structure": structure, "proof": proof})
     text = result_text(_report(verification=worse))
     assert "1 on a SLOW path" in text
-    assert "greedy tokens DIFFER" in text
+    assert "genai       greedy tokens: FAILED: DIFFER" in text
 
 
 def test_worst_sites_come_first_and_unmeasured_not_at_all() -> None:

@@ -11,9 +11,13 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.source import SourceModel
+from faq_onnx.artifacts.target import ProofCheck
 from faq_onnx.errors import PackageError
 from faq_onnx.progress import SILENT, Silent
-from faq_onnx.targets.genai import check_generation, write_genai_config
+from faq_onnx.runtime.reference import take_reference
+from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
+from faq_onnx.targets.genai_config import write_genai_config
+from faq_onnx.targets.opening import open_target
 from faq_onnx.testing import write_tiny_llama
 
 needs_genai = pytest.mark.skipif(
@@ -47,6 +51,15 @@ def _write(package: SourceModel) -> dict[str, Any]:
     assert path is not None
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def _try(package: SourceModel, steps: int) -> ProofCheck:
+    reference = take_reference(
+        open_session(package.onnx_path, config=FLOAT_KERNELS), PROMPT, steps
+    )
+    proof = open_target("genai").prove(package.onnx_path.parent, reference, SILENT)
+    (check,) = proof.checks
+    return check
 
 
 def test_names_and_sizes_come_from_the_graph(package: SourceModel) -> None:
@@ -103,7 +116,9 @@ def test_what_genai_cannot_run_gets_a_note(package: SourceModel) -> None:
     assert "no config.json" in notes.notes[0]
     assert "logits" in notes.notes[1]
     assert not (folder / "genai_config.json").exists()
-    assert check_generation(folder, PROMPT, 3) is None
+    check = _try(package, 3)
+    assert check.passed is None
+    assert "not tried" in check.value
 
 
 def test_a_broken_config(package: SourceModel) -> None:
@@ -121,7 +136,7 @@ def test_genai_generates_what_onnxruntime_generates(
     folder = package.onnx_path.parent
     _edit(folder / "config.json", **changes)
     _write(package)
-    assert check_generation(folder, PROMPT, 12) is True
+    assert _try(package, 12).passed is True
 
 
 def test_a_symbolic_head_size_comes_from_the_config(package: SourceModel) -> None:
@@ -144,5 +159,7 @@ def test_a_package_that_genai_refuses(
     content = json.loads((folder / "genai_config.json").read_text())
     content["model"]["type"] = "no_such_type"
     (folder / "genai_config.json").write_text(json.dumps(content))
-    assert check_generation(folder, PROMPT, 3) is False
+    check = _try(package, 3)
+    assert check.passed is False
+    assert "no_such_type" in check.value
     assert "no_such_type" in caplog.text

@@ -139,3 +139,19 @@ def test_companions(tmp_path: Path, has_json: bool) -> None:
     assert _names(output) == sorted(copied) == sorted(["config.json", "LICENSE", *tokenizer])
     bare = SourceModel(given="m", onnx_path=source / "model.onnx", folder=None)
     assert copy_companions(bare, output) == ()
+
+
+def test_force_replaces_folders_that_the_manifest_names(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "web").mkdir(parents=True)
+    (out / "web" / "page.html").write_text("x")
+    (out / "package.json").write_text('{"files": {"web/page.html": 1}}')
+    with OutputFolder(out, force=True) as made:
+        (made.path / "model.onnx").write_bytes(b"")
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+    (out / "web").mkdir()
+    (out / "web" / "page.html").write_text("x")
+    (out / "web" / "letter.txt").write_text("dear")
+    (out / "package.json").write_text('{"files": {"web/page.html": 1}}')
+    with pytest.raises(PackageError, match="does not look like"):
+        OutputFolder(out, force=True).__enter__()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders  # type: ignore[import-untyped]
 
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.progress import SILENT
-from faq_onnx.targets.genai import write_genai_config
+from faq_onnx.targets.genai_config import write_genai_config
 from faq_onnx.targets.tokenizer import mend_tokenizer
 from faq_onnx.testing import tiny_tokenizer, write_tiny_llama
 

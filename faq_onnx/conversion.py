@@ -1,0 +1,285 @@
+"""The stages of one conversion, with what they pass on to each other.
+
+`faq_onnx.pipeline` has the commands that are made of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from faq_onnx import budget_stages, checks, package_stages, run_report, stages
+from faq_onnx.artifacts.plan import EmbeddingPlan, SitePlan
+from faq_onnx.artifacts.record import fingerprint_bytes
+from faq_onnx.artifacts.run import RunReport, StageTime
+from faq_onnx.artifacts.sites import ModelCensus
+from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.artifacts.verification import SiteError
+from faq_onnx.calibration.collect import Collector
+from faq_onnx.calibration.corpus import TokenWindows, load_corpus
+from faq_onnx.calibration.walk import ReferenceLogits
+from faq_onnx.calibration.windows import path_windows, scale_windows
+from faq_onnx.config import QuantizeConfig
+from faq_onnx.errors import PackageError
+from faq_onnx.fuse_stages import MODEL_NAME, save_package_model
+from faq_onnx.outline import outline_of_plan
+from faq_onnx.planning.formats import plan_embeddings, plan_sites
+from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
+from faq_onnx.progress import Progress
+from faq_onnx.targets.package import check_free_space, name_full_disk
+from faq_onnx.targets.protocol import Target
+
+__all__ = ["Run", "open_stats", "work_folder"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """One conversion: where it works, for which target, how long its stages took, whom it tells.
+
+    Attributes:
+        work: Intermediate artifacts.
+        progress: Receives stages and notes.
+        config: What to do.
+        target: Whose limits hold; None where nothing is packaged.
+        force: Accept a result that verification complains about.
+        times: Of the stages so far.
+    """
+
+    work: Path
+    progress: Progress
+    config: QuantizeConfig
+    target: Target | None = None
+    force: bool = False
+    times: list[StageTime] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Clock a stage."""
+        start = time.perf_counter()
+        yield
+        duration = time.perf_counter() - start
+        self.times.append(StageTime(stage=stage, duration_s=round(duration, 3)))
+        _LOG.info("%s took %.1f s", stage, duration)
+
+    def open(self, source: str) -> stages.OpenedModel:
+        """Open the source and plan its formats: a wrong wish fails here, not in an hour."""
+        budget_stages.check_budget(self.config)
+        with self.timed("open"):
+            opened = stages.open_model(source, self.work, self.progress)
+            formats = plan_sites(opened.census, self.config)
+            tables = plan_embeddings(opened.census, self.config, formats)
+            if self.config.budget is None:  # which chooses others
+                self.check_target(opened, formats, tables)
+        return opened
+
+    def check_target(
+        self,
+        opened: stages.OpenedModel,
+        sites: Sequence[SitePlan],
+        embeddings: Sequence[EmbeddingPlan],
+    ) -> None:
+        """Refuse what the target would not run.
+
+        Raises:
+            UnsupportedFormatError: See `package_stages.check_limits`.
+        """
+        if self.target is not None:
+            fuse = self.config.fuse_attention
+            outline = outline_of_plan(opened, sites, embeddings, fuse_attention=fuse)
+            package_stages.check_limits(self.target, outline)
+
+    def tokens(self, opened: stages.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
+        """Calibration and held-out windows; the same held-out ones for every method."""
+        settings = self.config.calibration
+        written = settings.source == "self"
+        needed = calibrate and (self.config.axes.calibrates or self.config.budget is not None)
+        with self.timed("tokens"):
+            wish = f"{opened.fingerprint} {settings} {self.config.verify.samples} {needed}"
+            key = fingerprint_bytes(wish.encode())
+            kept = self.work / f"self-text-{key[:16]}.npz"
+            if written and kept.is_file():
+                self.progress.note(f"taking the calibration text in {kept}")
+                return TokenWindows.load(kept)
+            windows = load_corpus(
+                settings,
+                source=opened.source,
+                vocabulary=opened.vocabulary,
+                count=0 if written and not needed else settings.samples,
+                holdout=self.config.verify.samples,
+                progress=self.progress,
+            )
+            if written:
+                windows.save(kept)
+            return windows
+
+    def reference(self, opened: stages.OpenedModel, windows: TokenWindows) -> ReferenceLogits:
+        """Logits of the float model on the held-out windows."""
+        collector = self._collector(opened)
+        return collector.logits(windows.heldout, self.progress, "float model")
+
+    def calibrate(
+        self, opened: stages.OpenedModel, windows: TokenWindows
+    ) -> tuple[CalibrationStats, ReferenceLogits]:
+        """Statistics that the settings need, and the float model's logits."""
+        groups = needs_statistics(opened.census, self.config)
+        room = _work_bytes(opened.census, windows, groups)
+        if self.config.budget is not None:
+            room += budget_stages.stream_bytes(opened.census, windows.calibration)
+        check_free_space(self.work, room)
+        with self.timed("calibrate"):
+            stats, reference = self._collector(opened).collect(
+                scale_windows(self.config, windows.calibration),
+                windows.heldout,
+                groups,
+                self.progress,
+            )
+        if self.config.budget is not None:
+            with self.timed("measure sensitivity"):
+                budget_stages.measure_sensitivity(
+                    opened, stats, windows.calibration, self.work, self.progress
+                )
+        return stats, reference
+
+    def plan(self, opened: stages.OpenedModel, stats: CalibrationStats | None) -> PlannedModel:
+        """Formats and channel scales."""
+        if self.config.budget is None or stats is None:
+            return make_plan(opened.census, self.config, stats, opened.read, self.progress)
+        planned = budget_stages.plan_under_budget(opened, self.config, stats, self.progress)
+        self.check_target(opened, planned.plan.sites, planned.plan.embeddings)
+        return planned
+
+    def apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
+        self,
+        opened: stages.OpenedModel,
+        planned: PlannedModel,
+        stats: CalibrationStats | None,
+        reference: ReferenceLogits,
+        *,
+        windows: TokenWindows,
+        folder: Path,
+    ) -> RunReport:
+        """Quantize, write, verify and package."""
+        assert self.target is not None
+        size = run_report.source_bytes(opened.source, opened.model)
+        error, errors = self._quantize(opened, planned, stats, reference, windows)
+        with self.timed("save"):
+            saved = save_package_model(
+                opened.model,
+                opened.source,
+                folder,
+                self.work,
+                fuse_attention=self.config.fuse_attention,
+                external_data=self.config.external_data,
+            )
+        with self.timed("verify"):
+            logits = checks.compare_to_reference(folder / MODEL_NAME, reference, self.progress)
+            path = folder / MODEL_NAME
+            report = checks.verify_file(path, logits, errors, error, self.progress)
+            notes = [*checks.judge(report, self.config, force=self.force)]
+            notes += [checks.slow_note(report.structure), checks.scales_note(self.config)]
+            notes += [checks.budget_note(planned.plan.trade_off, logits, saved.bytes)]
+        with self.timed("package"):
+            finished = package_stages.Finished(opened.source, folder, self.work, saved)
+            prompt = [int(token) for token in reference.windows[0]]
+            manifest = package_stages.make_package(
+                finished, self.target, prompt, self.progress, force=self.force
+            )
+        notes = [note for note in (*notes, *manifest.notes) if note]
+        news = {"notes": tuple(notes), "proof": manifest.proof, "attention": saved.fusion}
+        for note in notes:
+            self.progress.note(note)
+        result = run_report.make_report(
+            opened,
+            planned,
+            report.model_copy(update=news),
+            config=self.config,
+            times=self.times,
+            totals=(size, saved.bytes),
+        )
+        run_report.write_report(result, folder)
+        return result
+
+    def _quantize(
+        self,
+        opened: stages.OpenedModel,
+        planned: PlannedModel,
+        stats: CalibrationStats | None,
+        reference: ReferenceLogits,
+        windows: TokenWindows,
+    ) -> tuple[float | None, tuple[SiteError, ...]]:
+        """Low-bit nodes in the graph; errors of folding and of each site."""
+        with self.timed("fold"):
+            marks = stages.rtn_marks(opened, planned)
+            error = self._fold(opened, planned, reference)
+        with self.timed("quantize"):
+            quantized = stages.quantize(
+                opened,
+                planned,
+                stats,
+                marks,
+                self.work / "weights",
+                self.progress,
+                windows=path_windows(self.config, windows.calibration),
+            )
+            stages.rewrite(opened, planned, quantized.weights)
+        return error, quantized.errors
+
+    def _fold(
+        self, opened: stages.OpenedModel, planned: PlannedModel, reference: ReferenceLogits
+    ) -> float | None:
+        """Fold the scales and prove on one window that nothing changed."""
+        if not planned.scales:
+            return None
+        stages.fold(opened, planned)
+        one = dataclasses.replace(reference, windows=reference.windows[:1])
+        collector = self._collector(opened)
+        folded = collector.logits(one.windows, self.progress, "check the folded model")
+        error = checks.fold_error(folded, one)
+        dtypes = {site.dtype for site in opened.census.sites}
+        checks.check_fold(error, dtypes, opened.census.layer_count)
+        return error
+
+    def _collector(self, opened: stages.OpenedModel) -> Collector:
+        return Collector(opened.model, opened.census, opened.fingerprint, self.work)
+
+
+def open_stats(folder: Path | None, opened: stages.OpenedModel) -> CalibrationStats | None:
+    """Statistics of an earlier `calibrate`, which must be of this model."""
+    if folder is None:
+        return None
+    return CalibrationStats.open(folder, census_fingerprint=opened.census.fingerprint())
+
+
+@contextlib.contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """The folder for intermediate artifacts: the user's, or a temporary one."""
+    if given is not None:
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"--work {given}: cannot be made ({error.strerror}); choose another folder"
+            raise PackageError(msg) from error
+        with name_full_disk(given):
+            yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder, name_full_disk(Path(folder)):
+        yield Path(folder)
+
+
+def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
+    """Disk that calibration takes: Gram matrices, and hidden states of two layers.
+
+    The walk on the low-bit path keeps as much for each path: streams and one group's activations.
+    """
+    named = set(groups)
+    grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
+    width = max((group.in_features for group in census.groups), default=0)
+    tokens = windows.calibration.size + windows.heldout.size
+    return grams + 2 * 2 * 4 * width * tokens
