@@ -9,7 +9,7 @@ import onnx_ir as ir
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
 from faq_onnx.artifacts.source import SourceModel
-from faq_onnx.artifacts.target import ModelOutline, PlannedWeight
+from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight
 from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.report.rows import weight_bytes
 from faq_onnx.run_report import source_bytes
@@ -47,7 +47,12 @@ def outline_of_plan(
     size += sum(_size(weight) for weight in own if weight.place not in shared)
     if fuse_attention:
         size += rotary_table_bytes(opened.model, opened.source)
-    return ModelOutline(weights=(*weights, *own), model_bytes=size)
+    return ModelOutline(
+        weights=(*weights, *own),
+        model_bytes=size,
+        inputs=_inputs(opened.model),
+        operators=_operators(opened.model),
+    )
 
 
 def outline_of_model(source: SourceModel, model: ir.Model) -> ModelOutline:
@@ -58,7 +63,31 @@ def outline_of_model(source: SourceModel, model: ir.Model) -> ModelOutline:
         if node.op_type == MATMUL and len(node.inputs) > BIAS_INPUT and node.inputs[BIAS_INPUT]
     }
     weights = tuple(_finished(node, biased) for node in low_bit_nodes(model))
-    return ModelOutline(weights=weights, model_bytes=source_bytes(source, model))
+    return ModelOutline(
+        weights=weights,
+        model_bytes=source_bytes(source, model),
+        inputs=_inputs(model),
+        operators=_operators(model),
+    )
+
+
+def _inputs(model: ir.Model) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in model.graph.inputs)
+
+
+def _operators(model: ir.Model) -> tuple[OperatorUse, ...]:
+    nodes: dict[tuple[str, str], list[ir.Node]] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        nodes.setdefault((node.domain, node.op_type), []).append(node)
+    return tuple(
+        OperatorUse(
+            op_type=op_type,
+            domain=domain,
+            first=alike[0].name or alike[0].outputs[0].name or op_type,
+            count=len(alike),
+        )
+        for (domain, op_type), alike in nodes.items()
+    )
 
 
 def _planned_site(site: LinearSite, plan: SitePlan) -> PlannedWeight:

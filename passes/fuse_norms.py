@@ -82,7 +82,7 @@ def _match(mean: ir.Node) -> _Norm | None:
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:
-    """x of x^2 or x * x."""
+    """What is squared, as a power or a product."""
     node = None if value is None else value.producer()
     if node is None:
         return None
@@ -121,13 +121,13 @@ def _with_gain(scaled: ir.Node, value: ir.Value, epsilon: float) -> _Norm | None
     dtype = _dtype(value)
     product, normal, cast_to = _only_reader(scaled, "Mul", "Cast"), scaled.outputs[0], dtype
     if product is not None and product.op_type == "Cast":
-        cast_to = ir.DataType(product.attributes.get_int("to", 0))
-        product, normal = _only_reader(product, "Mul"), product.outputs[0]
+        cast_to, normal = ir.DataType(product.attributes.get_int("to", 0)), product.outputs[0]
+        product = _only_reader(product, "Mul")
     gain = None if product is None else _other(product, normal)
     width = _vector_width(gain)
-    if gain is not None and product is not None and width is not None and cast_to == dtype:
-        if gain.dtype == dtype or dtype is None:
-            return _Norm(product, value, gain, width, epsilon)
+    fits = cast_to == dtype and gain is not None and dtype in {None, gain.dtype}
+    if product is not None and gain is not None and width is not None and fits:
+        return _Norm(product, value, gain, width, epsilon)
     found = width if value.shape is None else value.shape[-1]
     if not isinstance(found, int) or dtype is None:
         return None

@@ -19,12 +19,14 @@ __all__ = [
     "SPECS",
     "FoldScales",
     "FuseAttention",
+    "FuseNorms",
     "ImportedPass",
     "InsertActivationStats",
     "MatMulToNBits",
     "PassSpec",
     "QuantizeEmbedding",
     "RemoveUnused",
+    "StaticShapes",
     "format_pipeline",
     "parse_pipeline",
 ]
@@ -55,6 +57,14 @@ class FuseAttention(PassSpec):
 
     name = "fuse-attention"
     positions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseNorms(PassSpec):
+    """Fuse decomposed RMS norms over at least `min_width` channels."""
+
+    name = "fuse-norms"
+    min_width: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,14 @@ class QuantizeEmbedding(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class StaticShapes(PassSpec):
+    """Shapes of inputs and outputs, such as shapes="input_ids:1x16 logits:1x16x32000"."""
+
+    name = "static-shapes"
+    shapes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class RemoveUnused(PassSpec):
     """Remove nodes and initializers that nothing reads (onnx_ir's pass)."""
 
@@ -110,10 +128,12 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
         for spec in (
             FoldScales,
             FuseAttention,
+            FuseNorms,
             InsertActivationStats,
             MatMulToNBits,
             QuantizeEmbedding,
             RemoveUnused,
+            StaticShapes,
         )
     }
 )

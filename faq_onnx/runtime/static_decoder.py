@@ -69,8 +69,8 @@ class _Graph:
         strangers = [name for name in inputs if name not in plain | pasts.keys()]
         if strangers or not plain <= inputs.keys():
             raise UnsupportedModelError(
-                f"a static decoder has the inputs {', '.join(sorted(plain))} and a cache; this one "
-                f"has {', '.join(inputs)}"
+                f"a static decoder has the inputs {', '.join(sorted(plain))} and a cache; this "
+                f"one has {', '.join(inputs)}"
             )
         length = _static(inputs[InputKind.TOKENS], 1)
         return cls(session, length, inputs, pasts)
@@ -115,7 +115,7 @@ class StaticDecoder:
         found = []
         while len(tokens):
             room = self.context - self.length
-            graph = self._prefill if 1 < len(tokens) and self._prefill.length <= room else None
+            graph = self._prefill if len(tokens) > 1 and self._prefill.length <= room else None
             graph = graph or self._decode
             found.append(self._run(graph, tokens[: graph.length]))
             tokens = tokens[graph.length :]

@@ -14,6 +14,7 @@ __all__ = ["DEFAULT_TARGET", "TARGETS"]
 TARGETS: Mapping[str, str] = MappingProxyType(
     {
         "genai": "onnxruntime-genai: chat and text generation on CPU and GPU",
+        "qnn": "onnxruntime on Qualcomm's NPU (Snapdragon), compiled ahead of time",
     }
 )
 DEFAULT_TARGET = "genai"

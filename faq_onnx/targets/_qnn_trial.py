@@ -26,7 +26,7 @@ ERRORS_ONLY = 3
 
 def main() -> None:
     """Answer one request."""
-    import onnxruntime_qnn  # type: ignore[import-not-found]  # noqa: PLC0415 - an extra
+    import onnxruntime_qnn  # noqa: PLC0415 - an extra
 
     ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
     request = json.load(sys.stdin)
