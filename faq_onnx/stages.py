@@ -22,7 +22,8 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
-from faq_onnx.calibration.paired import PairedMoments, PairedWalk
+from faq_onnx.calibration.paired import PairedWalk
+from faq_onnx.calibration.paired_moments import PairedMoments
 from faq_onnx.config import BlockScales, QuantizeConfig
 from faq_onnx.errors import CorruptModelError, FaqOnnxError, UnsupportedModelError
 from faq_onnx.export import resolve_source

@@ -28,6 +28,13 @@ from faq_onnx.calibration.attention import (
 )
 from faq_onnx.calibration.batches import Batch, make_batches, part_feeds, store_key
 from faq_onnx.calibration.hidden import HiddenStore
+from faq_onnx.calibration.paired_moments import (
+    Accumulator,
+    Halves,
+    PairedSums,
+    halves_of,
+)
+from faq_onnx.calibration.residual import Residual, find_residual
 from faq_onnx.errors import NonFiniteError
 from faq_onnx.graph.cut import Part, cut_at, extract_part
 from faq_onnx.graph.io import release_weights, save_model
@@ -35,67 +42,12 @@ from faq_onnx.graph.weights import read_initializer, replace_weight
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.runtime.session import open_session
 
-__all__ = ["Halves", "PairedMoments", "PairedWalk", "Solve"]
-
-# Fused additions to the residual stream, and what may stand between one and the site.
-_SKIP_NORMS = frozenset({"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"})
-_KEEPS_ROWS = frozenset({"Reshape", "Cast", "Identity"})
-
-FEW_BATCHES = 4
+__all__ = ["PairedWalk", "Solve"]
 
 Array = npt.NDArray[np.float32]
-Accumulator = npt.NDArray[np.float64]
 
 
-@dataclasses.dataclass(frozen=True)
-class PairedMoments:
-    """What one group sees on the low-bit path, and how the float path differs; means over tokens.
-
-    Attributes:
-        gram: E[x_q^T x_q], float32 [K, K].
-        cross: E[(x - x_q)^T x_q], float32 [K, K]; zeros where every site has a residual.
-        residual: By site that adds to the residual stream, E[(r - r_q)^T x_q], float32 [N, K]:
-            r is the float stream behind the addition, r_q the low-bit stream in front of it, so
-            r - r_q is what the site should add for the streams to meet again.
-        tokens: How many the means are over.
-        attention: How errors of q, k and v count, by the float model's attention; taken over
-            whole sequences, so the same in both halves.
-    """
-
-    gram: Array
-    cross: Array
-    residual: Mapping[str, Array]
-    tokens: int
-    attention: AttentionMoments = dataclasses.field(default_factory=AttentionMoments)
-
-    @classmethod
-    def mean(cls, halves: tuple[PairedMoments, PairedMoments]) -> PairedMoments:
-        """Over both halves of the tokens."""
-        one, other = halves
-        share = np.float32(one.tokens / (one.tokens + other.tokens))
-        rest = np.float32(1) - share
-        return cls(
-            share * one.gram + rest * other.gram,
-            share * one.cross + rest * other.cross,
-            {
-                name: share * one.residual[name] + rest * other.residual[name]
-                for name in one.residual
-            },
-            one.tokens + other.tokens,
-            one.attention,
-        )
-
-
-Halves = tuple[PairedMoments, PairedMoments]
 Solve = Callable[[ScaleGroup, Halves], Mapping[str, Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Residual:
-    """Where a site's output joins the residual stream."""
-
-    before: str
-    after: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +56,7 @@ class _Stop:
 
     group: ScaleGroup
     value: str
-    residuals: Mapping[str, _Residual]
+    residuals: Mapping[str, Residual]
     attention: AttentionSites | None = None
 
 
@@ -204,7 +156,7 @@ class PairedWalk:
             (value,) = read
             if value not in part.varying or value not in part.inputs:
                 continue
-            residuals = {s.name: r for s in sites if (r := _residual(values[s.output], part))}
+            residuals = {s.name: r for s in sites if (r := find_residual(values[s.output], part))}
             attention = None
             if self.attention_aware:
                 attention = attention_sites(self.census, values, group)
@@ -274,7 +226,8 @@ class PairedWalk:
 
     @np.errstate(over="ignore", invalid="ignore")  # `_check_finite` says where it happened
     def _moments(self, stop: _Stop, part: Part, batches: Sequence[Batch]) -> Halves:
-        sums = (_Sums.zeros(stop, self.census), _Sums.zeros(stop, self.census))
+        rows_of = {name: self.census.site(name).out_features for name in stop.residuals}
+        sums = [PairedSums.zeros(stop.group.in_features, rows_of) for _ in range(2)]
         biases = {name: self._bias(name) for name in stop.residuals}
         for number, batch in enumerate(batches):
             low = _rows(self._read(part, stop.value, batch, low_bit=True))
@@ -286,7 +239,7 @@ class PairedWalk:
                 after = _rows(self._float.get(place.after, batch.name))
                 before = _rows(self._read(part, place.before, batch, low_bit=True))
                 missing[name] = after - before - biases[name]
-            for half, rows in zip(sums, _halves(len(low), number, len(batches)), strict=True):
+            for half, rows in zip(sums, halves_of(len(low), number, len(batches)), strict=True):
                 ahead = None if float_path is None else float_path[rows]
                 half.add(low[rows], ahead, {name: m[rows] for name, m in missing.items()})
         self._check_finite(stop, sums[0].gram + sums[1].gram)
@@ -335,53 +288,6 @@ class PairedWalk:
             self._low_bit.drop(name)
 
 
-@dataclasses.dataclass
-class _Sums:
-    """Running float64 sums over some of the tokens."""
-
-    gram: Accumulator
-    cross: Accumulator
-    residual: dict[str, Accumulator]
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, stop: _Stop, census: ModelCensus) -> _Sums:
-        size = stop.group.in_features
-        rows = {name: census.site(name).out_features for name in stop.residuals}
-        residual = {name: np.zeros((count, size)) for name, count in rows.items()}
-        return cls(np.zeros((size, size)), np.zeros((size, size)), residual)
-
-    def add(self, low: Array, ahead: Array | None, missing: Mapping[str, Array]) -> None:
-        if not len(low):
-            return
-        self.gram += low.T @ low
-        if ahead is not None:
-            self.cross += (ahead - low).T @ low
-        for name, rows in missing.items():
-            self.residual[name] += rows.T @ low
-        self.tokens += len(low)
-
-    def means(self) -> PairedMoments:
-        count = max(self.tokens, 1)
-        return PairedMoments(
-            (self.gram / count).astype(np.float32),
-            (self.cross / count).astype(np.float32),
-            {name: (total / count).astype(np.float32) for name, total in self.residual.items()},
-            self.tokens,
-        )
-
-
-def _halves(rows: int, batch: int, batches: int) -> tuple[slice, slice]:
-    """The rows of a batch that belong to each half of the tokens.
-
-    Batches go to the halves in turn, as large products cost less than small ones; few are split.
-    """
-    if batches < FEW_BATCHES:
-        return slice(rows // 2), slice(rows // 2, rows)
-    whole, nothing = slice(rows), slice(0)
-    return (nothing, whole) if batch % 2 else (whole, nothing)
-
-
 def _rows(array: npt.NDArray[np.generic]) -> Array:
     return array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
 
@@ -397,47 +303,3 @@ def _activation(output: ir.Value) -> str | None:
     node = output.producer()
     value = None if node is None else node.inputs[0]
     return None if value is None else value.name
-
-
-def _residual(output: ir.Value, part: Part) -> _Residual | None:
-    """Where `output` is added to a value that is there before the part runs.
-
-    A bias that is added first is looked through, and what keeps the numbers of each token. None
-    where something else comes between (a norm behind the site, as in Gemma 3): then what the site
-    should add is not known.
-    """
-    value = output
-    while True:
-        users = [node for node, _ in value.uses()]
-        if len(users) != 1:
-            return None
-        (node,) = users
-        if node.op_type in _SKIP_NORMS:
-            operands, total = _skip_sum(node)
-        elif node.op_type == "Add":
-            operands, total = list(node.inputs), node.outputs[0]
-        elif node.op_type in _KEEPS_ROWS and node.inputs[0] is value:
-            value = node.outputs[0]
-            continue
-        else:
-            return None
-        others = [operand for operand in operands if operand is not value]
-        other = others[0] if len(others) == 1 else None
-        if other is None or total is None:
-            return None
-        if other.name in part.inputs and other.name in part.varying and total.name:
-            return _Residual(other.name, total.name)
-        if other.const_value is None:
-            return None
-        value = total
-
-
-def _skip_sum(node: ir.Node) -> tuple[list[ir.Value | None], ir.Value | None]:
-    """What a fused addition and norm adds, and the sum where it is an output; no bias of its own.
-
-    SkipLayerNormalization: (input, skip, gamma, beta, bias); the simplified one has no beta.
-    """
-    gains = 1 if node.op_type == "SkipSimplifiedLayerNormalization" else 2
-    has_bias = any(value is not None for value in node.inputs[2 + gains :])
-    total = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
-    return list(node.inputs[:2]), None if has_bias else total

@@ -29,7 +29,8 @@ from faq_onnx.artifacts.sites import (
     Tie,
     WeightLayout,
 )
-from faq_onnx.calibration.paired import Halves, PairedMoments, PairedWalk
+from faq_onnx.calibration.paired import PairedWalk
+from faq_onnx.calibration.paired_moments import Halves, PairedMoments
 from faq_onnx.cli.main import main
 from faq_onnx.graph.io import load_model
 from faq_onnx.graph.weights import read_initializer, read_weight

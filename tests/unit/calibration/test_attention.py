@@ -12,7 +12,8 @@ import pytest
 
 from faq_onnx.artifacts.sites import GroupRole, LinearRole, LinearSite, ScaleGroup
 from faq_onnx.calibration.attention import attention_sites
-from faq_onnx.calibration.paired import Halves, PairedMoments, PairedWalk
+from faq_onnx.calibration.paired import PairedWalk
+from faq_onnx.calibration.paired_moments import Halves, PairedMoments
 from faq_onnx.graph.weights import read_weight, replace_weight
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session

@@ -16,7 +16,8 @@ import pytest
 
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup, Tie
 from faq_onnx.calibration import batches as batches_module
-from faq_onnx.calibration.paired import Halves, PairedMoments, PairedWalk, Solve
+from faq_onnx.calibration.paired import PairedWalk, Solve
+from faq_onnx.calibration.paired_moments import Halves, PairedMoments
 from faq_onnx.errors import CalibrationError, NonFiniteError
 from faq_onnx.graph.weights import read_weight, replace_weight
 from faq_onnx.runtime.feeds import decoder_feeds
