@@ -387,5 +387,5 @@ def test_a_structure_away_from_its_weights_is_refused(tmp_path: Path) -> None:
     save_model(_model(), tmp_path / "model.onnx", external_data=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    with pytest.raises(PackageError, match="'w' lies in .*weights must lie in the same folder"):
+    with pytest.raises(PackageError, match=r"'w' lies in .*weights must lie in the same folder"):
         save_structure(load_model(tmp_path / "model.onnx"), elsewhere / "model.onnx")
