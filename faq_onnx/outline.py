@@ -40,7 +40,7 @@ def outline_of_plan(
     tables = {plan.embedding: plan for plan in embeddings}
     weights = [_planned_site(site, plans[site.name]) for site in opened.census.sites]
     own = [_planned_table(table, tables[table.name]) for table in opened.census.embeddings]
-    small = any(plan.format is not None and plan.format.block_scales == "8-bit" for plan in sites)
+    small = any(plan.format is not None and plan.format.block_scales != "float" for plan in sites)
     size = opened.other_bytes("8-bit" if small else "float", external=False)
     size += sum(_size(weight) for weight in weights)
     shared = {plan.embedding for plan in embeddings if plan.shared_with is not None}
