@@ -21,10 +21,11 @@ from faq_onnx.artifacts.target import (
     Refusal,
     TargetProof,
 )
+from faq_onnx.graph.exact import exact_twin
 from faq_onnx.progress import Progress
 from faq_onnx.quant.formats import Provider
 from faq_onnx.runtime.feeds import decoder_feeds
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session, run_session
+from faq_onnx.runtime.session import open_session, run_session
 from faq_onnx.targets.limits import provider_refusals
 from faq_onnx.targets.protocol import PackageJob, Target, TargetOptions
 from faq_onnx.targets.qnn_graphs import DECODE, PREFILL, Lengths, write_graphs
@@ -201,7 +202,8 @@ def _compile_check(name: str) -> str:
 
 def _cpu_logits(model: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
     """Logits float32 [tokens, vocabulary], with low-bit nodes in float32."""
-    session = open_session(model, config=FLOAT_KERNELS)
+    with exact_twin(model) as exact:
+        session = open_session(exact)
     feeds = decoder_feeds(session.get_inputs(), np.array([tokens], np.int64))
     return np.asarray(run_session(session, feeds, ["logits"])["logits"][0], np.float32)
 

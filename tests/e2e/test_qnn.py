@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -15,6 +18,9 @@ from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.passes import StaticShapesPass, run_passes
+from faq_onnx.quant.formats import block_format
+from faq_onnx.quant.packing import pack_codes
+from faq_onnx.quant.uniform import BlockGrid, dequantize, minmax_grid, round_to_grid
 from faq_onnx.targets.qnn_runtime import QnnError, compile_graph, is_here
 from faq_onnx.testing import write_tiny_llama
 
@@ -109,6 +115,69 @@ def test_another_compiler_compiles_again(cli: Any, tmp_path: Path) -> None:
     (out / "qnn.json").write_text(json.dumps(build))
     done = cli.run("verify", out, "-q")
     assert done.code == 0, done.err  # what the file says of the old compiler does not count
+
+
+LPBQ_PROGRAM = """
+import sys, numpy as np, onnxruntime as ort, onnxruntime_qnn
+name = "QNNExecutionProvider"
+ort.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
+options = ort.SessionOptions()
+options.log_severity_level = 3
+options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+options.add_provider_for_devices(devices, {
+    "backend_type": "htp", "htp_arch": "75", "soc_model": "57",
+    "enable_block_quant_weight_optimization": "1"})
+session = ort.InferenceSession(sys.argv[1], options)
+np.save(sys.argv[3], session.run(None, {"x": np.load(sys.argv[2])})[0])
+"""
+
+
+def _write_product(path: Path, codes: npt.NDArray[np.uint8], grid: BlockGrid) -> None:
+    """A product between int16 activations, as LPBQ needs it."""
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1,8,256] x, uint8[128,8,16] B, float[128,8] S) => (float[1,8,128] y)
+        <float s_in = {0.000244}, int16 zero = {0}, float s_out = {0.000732}> {
+          xq = QuantizeLinear (x, s_in, zero)
+          xf = DequantizeLinear (xq, s_in, zero)
+          m = com.microsoft.MatMulNBits <K = 256, N = 128, bits = 4, block_size = 32> (xf, B, S)
+          mq = QuantizeLinear (m, s_out, zero)
+          y = DequantizeLinear (mq, s_out, zero)
+        }"""
+    )
+    tensors = (pack_codes(codes, 4), grid.scale)
+    for value, array in zip(model.graph.inputs[1:], tensors, strict=True):
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    del model.graph.inputs[1:]
+    ir.save(model, path)
+
+
+def test_scales_of_lpbq_are_kept_without_loss(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 8, 256)).astype(np.float32)
+    blocks = rng.standard_normal((128, 8, 32)).astype(np.float32) * np.float32(0.1)
+    fmt = block_format(4, 32, symmetric=True, block_scales="lpbq")
+    middle = np.full(blocks.shape[:2], 8, np.float32)
+    grids = {
+        "lpbq": minmax_grid(blocks, fmt),
+        "any": BlockGrid(np.abs(blocks).max(axis=2) / np.float32(7), middle),
+    }
+    np.save(tmp_path / "x.npy", x)
+    errors = {}
+    for kind, grid in grids.items():
+        codes = round_to_grid(blocks, grid, fmt)
+        _write_product(tmp_path / "model.onnx", codes, grid)
+        files = [str(tmp_path / name) for name in ("model.onnx", "x.npy", "y.npy")]
+        command = [sys.executable, "-c", LPBQ_PROGRAM, *files]
+        subprocess.run(command, check=True, capture_output=True)
+        expected = x @ dequantize(codes, grid).reshape(128, 256).T
+        difference = np.load(tmp_path / "y.npy") - expected
+        errors[kind] = np.linalg.norm(difference) / np.linalg.norm(expected)
+    # int16 activations cost about 1e-4; scales that QNN must round to sixteenths cost 2e-2
+    assert errors["lpbq"] < 5e-4
+    assert errors["any"] > 1e-2
 
 
 def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
