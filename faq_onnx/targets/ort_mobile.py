@@ -175,8 +175,8 @@ def _compare(onnx: Path, ort: Path, exact: Reference) -> Reference:
     distance = logit_distance(before, after)
     if not distance <= FLOAT_ROUNDING:
         msg = (
-            f"{ort.name}: its logits differ from those of the ONNX file by {distance:.2g} of their "
-            "size; please report the model, and use --target genai"
+            f"{ort.name}: its logits differ from those of the ONNX file by {distance:.2g} of "
+            "their size; please report the model, and use --target genai"
         )
         raise VerificationError(msg)
     return before

@@ -67,6 +67,7 @@ def test_convert_writes_an_ort_file_that_says_what_the_source_says(
     assert again.json["proof"] == manifest.proof.model_dump(mode="json")
 
 
+@pytest.mark.slow
 def test_verify_sees_another_model(cli: Any, tmp_path: Path) -> None:
     out = _convert(cli, tmp_path / "a", "--target", "ort-mobile")
     other = _convert(cli, tmp_path / "b", "--target", "ort-mobile", spec=TinyLlama(seed=1))
@@ -80,6 +81,7 @@ def test_verify_sees_another_model(cli: Any, tmp_path: Path) -> None:
     assert "loads: model.ort in onnxruntime when it was made" in done.err
 
 
+@pytest.mark.slow
 def test_it_is_what_onnxruntimes_converter_writes(cli: Any, tmp_path: Path) -> None:
     low_bit = _convert(cli, tmp_path)
     folders = [tmp_path / "ours", tmp_path / "theirs"]
@@ -103,6 +105,7 @@ def test_it_is_what_onnxruntimes_converter_writes(cli: Any, tmp_path: Path) -> N
     assert made == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", ["float", "8-bit"])
 def test_a_shared_table_is_stored_once_and_sizes_are_known_before(
     cli: Any, tmp_path: Path, scales: str
