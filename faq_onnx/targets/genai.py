@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from faq_onnx.artifacts.target import PackageFacts, ProofCheck, Reference, TargetProof
 from faq_onnx.progress import Progress
+from faq_onnx.runtime.reference import FLOAT_ROUNDING, token_agreement
 from faq_onnx.targets.genai_config import CONFIG_NAME, write_genai_config
 from faq_onnx.targets.protocol import PackageJob, Target
 from faq_onnx.targets.versions import installed_versions
@@ -70,10 +71,8 @@ def _check(folder: Path, reference: Reference) -> ProofCheck:
         return _verdict(False, trial.problem)
     if reference.problem:
         return _verdict(None, f"nothing to compare with: {reference.problem}")
-    ours = list(reference.tokens[: len(trial.tokens)])  # genai stops at an end token
-    if ours == trial.tokens:
-        return _verdict(True, "equal onnxruntime's")
-    return _verdict(False, f"DIFFER: onnxruntime-genai {trial.tokens}, onnxruntime {ours}")
+    agreement = token_agreement(reference, trial.tokens, FLOAT_ROUNDING)
+    return _verdict(agreement.passed, agreement.text)
 
 
 def _verdict(passed: bool | None, value: str) -> ProofCheck:

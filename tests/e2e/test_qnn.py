@@ -146,9 +146,10 @@ def _write_product(path: Path, codes: npt.NDArray[np.uint8], grid: BlockGrid) ->
           y = DequantizeLinear (mq, s_out, zero)
         }"""
     )
-    tensors = (pack_codes(codes, 4), grid.scale)
-    for value, array in zip(model.graph.inputs[1:], tensors, strict=True):
-        value.const_value = ir.tensor(array, name=value.name)
+    packed, scales = model.graph.inputs[1:]
+    packed.const_value = ir.tensor(pack_codes(codes, 4), name="B")
+    scales.const_value = ir.tensor(grid.scale, name="S")
+    for value in (packed, scales):
         model.graph.register_initializer(value)
     del model.graph.inputs[1:]
     ir.save(model, path)
