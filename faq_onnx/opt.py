@@ -39,6 +39,7 @@ from faq_onnx.passes import (
     FuseAttentionPass,
     FuseNormsPass,
     InsertActivationStatsPass,
+    LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
     QuantizeEmbeddingPass,
@@ -93,7 +94,7 @@ class PassBuilder:
         """Taken when the first pass needs it; passes keep the names that it goes by."""
         return take_census(self._model, self._config)
 
-    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: PLR0911  one a pass
+    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911  one a pass
         """The pass that a spec means for this model."""
         match wish:
             case spec.FoldScales():
@@ -104,6 +105,8 @@ class PassBuilder:
                 return FuseNormsPass(wish.min_width)
             case spec.InsertActivationStats():
                 return self._insert_activation_stats(wish)
+            case spec.LiftMatMulNBits():
+                return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
             case spec.QuantizeEmbedding():

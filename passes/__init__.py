@@ -20,6 +20,7 @@ from faq_onnx.passes.fuse_attention import (
 )
 from faq_onnx.passes.fuse_norms import FuseNormsPass
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
+from faq_onnx.passes.lift_matmul_nbits import LiftMatMulNBitsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
@@ -34,6 +35,7 @@ __all__ = [
     "FuseNormsPass",
     "HeadRows",
     "InsertActivationStatsPass",
+    "LiftMatMulNBitsPass",
     "MatMulToNBitsPass",
     "OnPass",
     "QuantizeEmbeddingPass",
@@ -49,6 +51,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "fuse-attention": FuseAttentionPass,
         "fuse-norms": FuseNormsPass,
         "insert-activation-stats": InsertActivationStatsPass,
+        "lift-matmul-nbits": LiftMatMulNBitsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
         "quantize-embedding": QuantizeEmbeddingPass,
         "static-shapes": StaticShapesPass,

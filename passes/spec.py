@@ -22,6 +22,7 @@ __all__ = [
     "FuseNorms",
     "ImportedPass",
     "InsertActivationStats",
+    "LiftMatMulNBits",
     "MatMulToNBits",
     "PassSpec",
     "QuantizeEmbedding",
@@ -74,6 +75,13 @@ class InsertActivationStats(PassSpec):
     name = "insert-activation-stats"
     sum_abs: bool = True
     gram: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftMatMulNBits(PassSpec):
+    """Reshape activations [rows, K] of MatMulNBits to [1, rows, K]."""
+
+    name = "lift-matmul-nbits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             FuseAttention,
             FuseNorms,
             InsertActivationStats,
+            LiftMatMulNBits,
             MatMulToNBits,
             QuantizeEmbedding,
             RemoveUnused,

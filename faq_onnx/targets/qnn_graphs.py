@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from faq_onnx.errors import UnsupportedModelError
 from faq_onnx.graph.io import load_model, save_model, save_structure
-from faq_onnx.passes import FuseNormsPass, StaticShapesPass, run_passes
+from faq_onnx.passes import FuseNormsPass, LiftMatMulNBitsPass, StaticShapesPass, run_passes
 from faq_onnx.runtime.feeds import InputKind, cache_position
 
 __all__ = ["DECODE", "PREFILL", "Lengths", "write_graphs"]
@@ -59,7 +59,8 @@ def write_graphs(folder: Path, work: Path, lengths: Lengths) -> dict[str, Path]:
     for name in (PREFILL, DECODE):
         model = load_model(path)
         shapes = _shapes(model, lengths.tokens(name), lengths.context)
-        run_passes(model, [FuseNormsPass(NARROWEST_NORM), StaticShapesPass(shapes)])
+        norms = FuseNormsPass(NARROWEST_NORM)
+        run_passes(model, [norms, LiftMatMulNBitsPass(), StaticShapesPass(shapes)])
         found[name] = folder / f"{name}.onnx"
         save_structure(model, found[name])
     return found

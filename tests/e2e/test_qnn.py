@@ -17,6 +17,7 @@ import pytest
 from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.opt import optimize
 from faq_onnx.passes import StaticShapesPass, run_passes
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.packing import pack_codes
@@ -179,6 +180,23 @@ def test_scales_of_lpbq_are_kept_without_loss(tmp_path: Path) -> None:
     # int16 activations cost about 1e-4; scales that QNN must round to sixteenths cost 2e-2
     assert errors["lpbq"] < 5e-4
     assert errors["any"] > 1e-2
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+def test_products_over_a_matrix_are_lifted(tmp_path: Path, lifted: bool) -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 18]>
+        g (float[8,64] x) => (float[8,32] y) { y = Gemm (x, w) }""",
+        initializers=[ir.tensor(np.ones((64, 32), np.float32), name="w")],
+    )
+    lift = ",lift-matmul-nbits" if lifted else ""
+    save_model(optimize(model, f"matmul-to-nbits{lift}").model, tmp_path / "m.onnx")
+    if lifted:
+        compiled = compile_graph(tmp_path / "m.onnx", "v75")
+        assert compiled.nodes == {"QNNExecutionProvider": 3}
+        return
+    with pytest.raises(QnnError, match="assigned to the default CPU EP"):
+        compile_graph(tmp_path / "m.onnx", "v75")
 
 
 def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
