@@ -1,8 +1,8 @@
 /* What docs/examples/c_api/greedy.c needs of onnxruntime's header, to compile it in a test.
  *
- * The wheel has the library, but not the header. The C
- * API is a table of functions that only ever grows at its end, so their places are fixed; the
- * comments count them. Use onnxruntime's own header for anything else.
+ * The wheel has the library, but not the header. The C API is a table of functions that only ever
+ * grows at its end, so their places are fixed; the comments count them. Use onnxruntime's own header
+ * for anything else.
  */
 #ifndef ONNXRUNTIME_C_API_H
 #define ONNXRUNTIME_C_API_H
