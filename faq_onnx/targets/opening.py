@@ -28,7 +28,7 @@ def open_target(name: str, options: Mapping[str, object] | None = None) -> Targe
         known = ", ".join(kind.options_type.model_fields) or "none"
         problems = [
             f"--target-option {'.'.join(map(str, each['loc'][:1]))}: found {each['input']!r}; "
-            f"{each['msg'][:1].lower()}{each['msg'][1:]}"
+            f"{_reason(each['msg'])}"
             for each in error.errors()
         ]
         lines = "\n  - ".join([*problems, f"options of the target {name}: {known}"])
@@ -61,6 +61,12 @@ def option_lines() -> list[str]:
             meaning = " ".join((field.description or "").split())
             lines.append(f"{name} {key}={shown}: {meaning}")
     return lines
+
+
+def _reason(message: str) -> str:
+    """What a validator says, to stand behind a semicolon."""
+    text = message.removeprefix("Value error, ")
+    return text if text is not message else f"{text[:1].lower()}{text[1:]}"
 
 
 def _target_type(name: str) -> type[Target]:

@@ -42,7 +42,12 @@ def test_float_weights_and_legal_formats_run_anywhere() -> None:
         (_weight("q", bits=2), Provider.CUDA, "2 bits", "--bits 4"),
         (_weight("q", block=128, width=576), Provider.QNN, "K=576", "--block-size 64"),
         (_weight("q", width=7), Provider.DIRECTML, "K=7", "--exclude 'q'"),
-        (_weight("e", kind="embedding"), Provider.QNN, "4-bit embedding", "--embedding keep"),
+        (
+            _weight("e", kind="embedding"),
+            Provider.QNN,
+            "in 4 bits",
+            "--embedding keep",
+        ),
         (_weight("e", kind="embedding", width=72), Provider.CPU, "K=72", "--embedding keep"),
         (_weight("q", block=512), Provider.CPU, "blocks of 512", "--block-size 256"),
     ],
