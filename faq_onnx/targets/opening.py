@@ -12,7 +12,7 @@ from faq_onnx.errors import ConfigError
 from faq_onnx.targets import TARGETS
 from faq_onnx.targets.protocol import Target, TargetOptions
 
-__all__ = ["open_target", "option_lines", "split_options"]
+__all__ = ["open_target", "options_markdown", "split_options"]
 
 
 def open_target(name: str, options: Mapping[str, object] | None = None) -> Target:
@@ -51,16 +51,16 @@ def split_options(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def option_lines() -> list[str]:
-    """Options of all targets, a line each."""
-    lines = []
+def options_markdown() -> str:
+    """Options of all targets as a table for docs/targets.md."""
+    lines = ["", "| target | option | default | meaning |", "|---|---|---|---|"]
     for name in TARGETS:
         for key, field in _target_type(name).options_type.model_fields.items():
             default = field.get_default(call_default_factory=True)
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            meaning = " ".join((field.description or "").split())
-            lines.append(f"{name} {key}={shown}: {meaning}")
-    return lines
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{key}` | `{shown}` | {meaning} |")
+    return "\n".join([*lines, "", ""])
 
 
 def _reason(message: str) -> str:
