@@ -1,14 +1,16 @@
 """The process that writes an .ort file and the operators it needs.
 
-`python -m faq_onnx.targets._ort_conversion FOLDER LARGEST` turns FOLDER/model.onnx into model.ort
-and required_operators.config. It is what `onnxruntime.tools.convert_onnx_models_to_ort` does in
-style Fixed for arm, which has no place for LARGEST. A process of its own: those tools change
-sys.path and the root logger, and onnxruntime writes warnings to stderr.
+`python -m faq_onnx.targets._ort_conversion FOLDER LARGEST [NAME=SIZE...]` turns FOLDER/model.onnx
+into model.ort and required_operators.config. It is what
+`onnxruntime.tools.convert_onnx_models_to_ort` does in style Fixed for arm, which has no place for
+the other arguments. A process of its own: those tools change sys.path and the root logger, and
+onnxruntime writes warnings to stderr.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["main"]
@@ -16,12 +18,13 @@ __all__ = ["main"]
 FATAL_LEVEL = 4
 
 
-def main(folder: Path, largest: int) -> None:
+def main(folder: Path, largest: int, sizes: Mapping[str, int]) -> None:
     """Convert.
 
     Args:
         folder: Holds model.onnx; the config names the model relative to it.
         largest: Bytes of the largest constant that may be computed ahead; 0 is any.
+        sizes: Of dimensions that have only a name.
     """
     import onnxruntime as ort  # noqa: PLC0415 - only in the child
     from onnxruntime.tools.ort_format_model import create_config_from_models  # noqa: PLC0415
@@ -35,6 +38,8 @@ def main(folder: Path, largest: int) -> None:
         entries["optimization.constant_folding_max_output_size_in_bytes"] = str(largest)
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
     ort.InferenceSession(
         str(folder / "model.onnx"),
         options,
@@ -48,4 +53,5 @@ def main(folder: Path, largest: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    _named = dict(word.rsplit("=", 1) for word in sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), {name: int(size) for name, size in _named.items()})

@@ -24,6 +24,7 @@ from faq_onnx.artifacts.target import (
 from faq_onnx.errors import ModelError, PackageError, VerificationError
 from faq_onnx.graph.io import load_model
 from faq_onnx.progress import Progress
+from faq_onnx.runtime.cache_width import named_cache_widths
 from faq_onnx.runtime.reference import (
     FLOAT_ROUNDING,
     logit_distance,
@@ -79,17 +80,16 @@ class OrtMobileTarget(Target):
         model = load_model(source)
         before = sum(path.stat().st_size for path in job.folder.glob(f"{ONNX_NAME}*"))
         with job.progress.stage("write model.ort", 1, "models") as advance:
-            _convert(job.folder, largest_constant(model.graph))
+            _convert(job.folder, model)
             reference = _compare(source, job.folder / ORT_NAME, job.reference)
             advance(1)
-        del model
         for path in job.folder.glob(f"{ONNX_NAME}*"):
             path.unlink()
         notes = [*phone_notes(job.outline)]
-        if any(weight.dtype == "float16" for weight in job.outline.weights):
+        if _has_float16(model.graph):
             notes.append(
-                "float16: onnxruntime on this machine computes float16 products in float32 and "
-                "has stored their weights so; a float32 source gives the same file without Casts"
+                "float16: where onnxruntime on this machine computes in float32, model.ort does "
+                "so on every phone and has its weights in float32; prefer a float32 source"
             )
         size = (job.folder / ORT_NAME).stat().st_size
         tables = (_size_table(job.folder, before), phone_table(job.outline))
@@ -133,6 +133,10 @@ def largest_constant(graph: ir.Graph) -> int:
     return smallest - 1 if smallest > max(others) else 0
 
 
+def _has_float16(graph: ir.Graph) -> bool:
+    return any(value.dtype == ir.DataType.FLOAT16 for value in graph.initializers.values())
+
+
 def _growth(weight: PlannedWeight) -> int:
     if weight.format is None or weight.format.block_scales == "float":
         return 0
@@ -142,8 +146,11 @@ def _growth(weight: PlannedWeight) -> int:
     return plain.weight_bytes(weight.rows, weight.width, scale_bytes) - small
 
 
-def _convert(folder: Path, largest: int) -> None:
-    command = [sys.executable, "-m", "faq_onnx.targets._ort_conversion", str(folder), str(largest)]
+def _convert(folder: Path, model: ir.Model) -> None:
+    words = [str(folder), str(largest_constant(model.graph))]
+    # The width of a cache may be a mere name, which an .ort file could no longer explain.
+    words += [f"{name}={width}" for name, width in named_cache_widths(model).items()]
+    command = [sys.executable, "-m", "faq_onnx.targets._ort_conversion", *words]
     try:
         done = subprocess.run(  # noqa: S603 - our own module, no shell
             command,

@@ -28,6 +28,7 @@ from faq_onnx.targets.phone import phone_notes, slow_reason
 from faq_onnx.testing import TinyLlama, write_tiny_llama
 from faq_onnx.verify.nodes import LowBitSpec, matmul_model
 
+EXPORTERS = Path(__file__).parents[1] / "fixtures" / "exporters"
 FILES = {"model.ort", "required_operators.config", "package.json", "config.json"}
 ARM_ROOT = os.environ.get("FAQ_ONNX_ARM_ROOT", "")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
@@ -106,6 +107,27 @@ def test_it_is_what_onnxruntimes_converter_writes(cli: Any, tmp_path: Path) -> N
     lists = (next(folder.glob("*required_operators.config")) for folder in folders)
     made, expected = (path.read_text().splitlines()[2:] for path in lists)
     assert made == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dynamo20-qwen2-untied-gemm-fp32",
+        "genai-llama-untied-fp32",  # the width of its cache is a name
+        "genai-qwen2-untied-fp16",
+        "mobius-llama-tied-fp16",
+        "optimum-gemma3-untied-fp16",
+        "optimum-llama-tied-fp32",
+    ],
+)
+def test_float_models_of_any_exporter(cli: Any, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    done = cli.run("package", EXPORTERS / name, "-o", out, "--target", "ort-mobile", "-q")
+    assert done.code == 0, done.err
+    manifest = PackageManifest.load(out / "package.json")
+    assert [check.passed for check in manifest.proof.checks] == [True, True, True]
+    assert any("float16" in note for note in manifest.notes) is name.endswith("fp16")
 
 
 @pytest.mark.slow
