@@ -16,10 +16,11 @@ from faq_onnx.analysis.operands import FLOAT_TYPES, dims
 from faq_onnx.artifacts.package import AttentionFusion
 from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.checks import fold_tolerance
+from faq_onnx.graph.exact import exact_twin
 from faq_onnx.graph.io import save_model
 from faq_onnx.passes import FuseAttentionPass, run_passes
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session, run_session
+from faq_onnx.runtime.session import open_session, run_session
 from faq_onnx.stages import read_config
 
 __all__ = [
@@ -114,14 +115,14 @@ def rotary_table_bytes(model: ir.Model, source: SourceModel) -> int:
 
 
 def fusion_error(plain: Path, fused: Path, tokens: npt.NDArray[np.int64]) -> float:
-    """Largest difference of logits over the largest logit, with float32 kernels.
+    """Largest difference of logits over the largest logit, with float32 arithmetic.
 
     Args:
         plain: The model before.
         fused: The model after.
         tokens: int64 [S]; all but the last are a prompt, these follow one by one.
     """
-    before, after = (_cached_logits(path, tokens) for path in (plain, fused))
+    before, after = (_exact_logits(path, tokens) for path in (plain, fused))
     size = max(float(np.abs(logits).max()) for logits in before) or 1.0
     pairs = zip(before, after, strict=True)
     worst = max(float(np.abs(one - other).max()) for one, other in pairs) / size
@@ -135,9 +136,10 @@ def trial_tokens(config: Mapping[str, object] | None) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, vocabulary, TRIAL_TOKENS)
 
 
-def _cached_logits(path: Path, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
+def _exact_logits(path: Path, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
     """Logits of a prompt, and of single tokens that follow it."""
-    session = open_session(path, config=FLOAT_KERNELS)
+    with exact_twin(path) as exact:
+        session = open_session(exact)
     presents = {cache_position(value.name): value.name for value in session.get_outputs()}
     pasts = {
         value.name: presents[cache_position(value.name)]

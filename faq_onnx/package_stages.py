@@ -13,10 +13,11 @@ from faq_onnx.artifacts.target import ModelOutline, Refusal, TargetProof
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import UnsupportedFormatError, VerificationError
 from faq_onnx.fuse_stages import SavedModel
+from faq_onnx.graph.exact import exact_twin
 from faq_onnx.progress import Progress
 from faq_onnx.quant.formats import PROVIDERS
 from faq_onnx.runtime.reference import take_reference
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
+from faq_onnx.runtime.session import open_session
 from faq_onnx.targets.opening import open_target
 from faq_onnx.targets.package import MANIFEST_NAME, copy_companions
 from faq_onnx.targets.protocol import PackageJob, Target
@@ -100,9 +101,8 @@ def make_package(
     """
     folder = model.folder
     copy_companions(model.source, folder)
-    session = open_session(model.saved.plain, config=FLOAT_KERNELS)
-    reference = take_reference(session, prompt[:TRIAL_PROMPT], GENERATION_STEPS)
-    del session
+    with exact_twin(model.saved.plain) as exact:
+        reference = take_reference(open_session(exact), prompt[:TRIAL_PROMPT], GENERATION_STEPS)
     facts = target.package(PackageJob(model.source, folder, model.work, progress))
     proof = target.prove(folder, reference, progress)
     notes = (*facts.notes, *judge_proof(target, proof, force=force))

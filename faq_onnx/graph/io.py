@@ -34,6 +34,7 @@ __all__ = [
     "release_weights",
     "rest_bytes",
     "save_model",
+    "save_structure",
 ]
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,52 @@ def save_model(
             f"could not write {path} ({total} bytes of weights): {error.strerror or error}; "
             "free space or choose another output folder"
         ) from error
+
+
+def save_structure(model: ir.Model, path: Path) -> int:
+    """Write a model whose weights stay where they are: in files of the folder of `path`.
+
+    So several graphs of one model share one file of weights. What is in memory goes into `path`.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        PackageError: A weight lies in another folder, or the disk refused.
+    """
+    external = [
+        (slot, slot.tensor)
+        for slot in tensor_slots(model)
+        if isinstance(slot.tensor, ir.ExternalTensor)
+    ]
+    try:
+        for slot, tensor in external:
+            slot.tensor = _beside(tensor, path)
+        proto = ir.serde.serialize_model(model)
+        return path.write_bytes(proto.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise PackageError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
+        for slot, tensor in external:
+            slot.tensor = tensor
+
+
+def _beside(tensor: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:
+    """The same reference, as a file in the folder of `path` writes it."""
+    file = Path(tensor.path)
+    if file.parent.resolve() != path.parent.resolve():
+        raise PackageError(
+            f"{path}: weight {tensor.name!r} lies in {file}; weights must lie in the same folder"
+        )
+    return ir.ExternalTensor(
+        file.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+    )
 
 
 def rest_bytes(model: ir.Model, without: Collection[str]) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
-from faq_onnx.runtime.session import FLOAT_KERNELS
+from faq_onnx.graph.exact import exact_twin
+from faq_onnx.targets.genai_config import MODEL_NAME
 
 __all__ = ["main"]
 
@@ -19,9 +21,9 @@ def main(folder: str, steps: int) -> None:
 
     prompt = json.loads(sys.stdin.read())
     config = og.Config(folder)
-    options = {"session_options": dict(FLOAT_KERNELS)}
-    config.overlay(json.dumps({"model": {"decoder": options}}))
-    model = og.Model(config)
+    with exact_twin(Path(folder) / MODEL_NAME) as exact:
+        config.overlay(json.dumps({"model": {"decoder": {"filename": exact.name}}}))
+        model = og.Model(config)
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + steps, do_sample=False)
     generator = og.Generator(model, parameters)

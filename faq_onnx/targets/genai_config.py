@@ -17,7 +17,7 @@ from faq_onnx.graph.io import load_model
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import cache_position
 
-__all__ = ["CONFIG_NAME", "write_genai_config"]
+__all__ = ["CONFIG_NAME", "MODEL_NAME", "write_genai_config"]
 
 CONFIG_NAME = "genai_config.json"
 MODEL_NAME = "model.onnx"

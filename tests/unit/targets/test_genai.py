@@ -15,7 +15,7 @@ from faq_onnx.artifacts.target import ProofCheck
 from faq_onnx.errors import PackageError
 from faq_onnx.progress import SILENT, Silent
 from faq_onnx.runtime.reference import take_reference
-from faq_onnx.runtime.session import FLOAT_KERNELS, open_session
+from faq_onnx.runtime.session import open_session
 from faq_onnx.targets.genai_config import write_genai_config
 from faq_onnx.targets.opening import open_target
 from faq_onnx.testing import write_tiny_llama
@@ -54,9 +54,7 @@ def _write(package: SourceModel) -> dict[str, Any]:
 
 
 def _try(package: SourceModel, steps: int) -> ProofCheck:
-    reference = take_reference(
-        open_session(package.onnx_path, config=FLOAT_KERNELS), PROMPT, steps
-    )
+    reference = take_reference(open_session(package.onnx_path), PROMPT, steps)
     proof = open_target("genai").prove(package.onnx_path.parent, reference, SILENT)
     (check,) = proof.checks
     return check
