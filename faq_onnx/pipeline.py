@@ -226,6 +226,7 @@ def package(  # noqa: PLR0913 - one argument per option of the command
     fuse = fuse_attention and chosen.fuses_attention
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         resolved, model = stages.load_source(source, work, progress)
+        chosen.check_source(resolved, model)
         package_stages.check_limits(chosen, outline_of_model(resolved, model))
         with progress.stage("save", 1, "models") as advance:
             saved = save_package_model(model, resolved, out.path, work, fuse_attention=fuse)

@@ -29,7 +29,11 @@ __all__ = ["BROWSERS", "Browser", "find_browser", "open_browser", "serve_folder"
 # Names on PATH; the variable of the same name as in other tools that drive Chromium wins.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _VARIABLE = "CHROME_PATH"
-_TRAMPOLINE = "import os,sys;os.dup2(int(sys.argv[1]),3);os.dup2(int(sys.argv[2]),4);os.execvp(sys.argv[3],sys.argv[3:])"
+# The browser reads commands from file 3 and answers in file 4.
+_TRAMPOLINE = (
+    "import os, sys; command, answer, *words = sys.argv[1:]; "
+    "os.dup2(int(command), 3); os.dup2(int(answer), 4); os.execvp(words[0], words)"
+)
 _OPTIONS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -147,7 +151,9 @@ class Browser:
 
     def _receive(self, deadline: float, method: str) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select(
+                [self._from], [], [], max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 raise PackageError(f"the browser did not answer {method} in time")
             piece = os.read(self._from, 1 << 16)
@@ -173,7 +179,9 @@ class Browser:
 
 
 @contextlib.contextmanager
-def open_browser(program: str, *, webgpu: bool = True, more: tuple[str, ...] = ()) -> Iterator[Browser]:
+def open_browser(
+    program: str, *, webgpu: bool = True, more: tuple[str, ...] = ()
+) -> Iterator[Browser]:
     """Start a browser with one empty page; it is gone afterwards, with all that it wrote.
 
     Args:
@@ -184,7 +192,9 @@ def open_browser(program: str, *, webgpu: bool = True, more: tuple[str, ...] = (
     Raises:
         PackageError: It does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="faq-onnx-browser-", ignore_cleanup_errors=True) as home:
+    with tempfile.TemporaryDirectory(
+        prefix="faq-onnx-browser-", ignore_cleanup_errors=True
+    ) as home:
         read_in, write_in = os.pipe()
         read_out, write_out = os.pipe()
         root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()

@@ -1,7 +1,7 @@
 // The page: what the user sees and does. The model lives in worker.mjs.
 
 import { findCapabilities } from "./capabilities.mjs";
-import { isStored } from "./download.mjs";
+import { filesFor, isStored } from "./download.mjs";
 
 const $ = (id) => document.getElementById(id);
 const show = (id, visible) => ($(id).hidden = !visible);
@@ -56,7 +56,7 @@ const shown = {
   },
   ready({ provider, threads, memory }) {
     show("loading", false);
-    for (const id of ["log", "form", "status", "anew"]) show(id, true);
+    for (const id of ["log", "footer", "anew"]) show(id, true);
     const cores = threads === 1 ? "1 thread" : `${threads} threads`;
     $("where").textContent = provider === "webgpu" ? `WebGPU (${abilities.webgpu.adapter || "graphics"})` : `processor, ${cores}`;
     $("memory").textContent = memoryText(memory);
@@ -74,7 +74,8 @@ const shown = {
     $("speed").textContent = speedText(count - 1, seconds);
     $("memory").textContent = memoryText(memory);
   },
-  done({ reason, count, seconds, prompt, readSeconds, memory }) {
+  done({ reason, text, count, seconds, prompt, readSeconds, memory }) {
+    answering.textContent += text;
     const said = answering.textContent;
     turns.push({ role: "assistant", content: said });
     $("speed").textContent = speedText(count - 1, seconds);
@@ -126,6 +127,7 @@ function finish() {
   answering?.removeAttribute("aria-busy");
   answering = null;
   document.body.dataset.state = "ready";
+  $("anew").disabled = false;
   show("stop", false);
   show("send", true);
   $("text").focus();
@@ -136,9 +138,22 @@ function stopWorker() {
   worker = null;
 }
 
-function load() {
+function chosenProvider() {
   const chosen = $("provider").value;
-  const provider = chosen === "auto" ? (abilities.webgpu.reason ? "wasm" : "webgpu") : chosen;
+  return chosen === "auto" ? (abilities.webgpu.reason ? "wasm" : "webgpu") : chosen;
+}
+
+/** Say on the button what it will cost. */
+async function labelStart() {
+  const provider = chosenProvider();
+  const bytes = filesFor(config, provider).reduce((sum, file) => sum + file.bytes, 0);
+  const stored = await isStored(config, provider);
+  $("load").textContent = stored ? "Start" : `Download and start (${megabytes(bytes)})`;
+  $("kept").textContent = stored ? "The model is in this browser's storage." : "It is kept in this browser for the next visit.";
+}
+
+function load() {
+  const provider = chosenProvider();
   for (const id of ["welcome", "problem"]) show(id, false);
   show("loading", true);
   document.body.dataset.state = "loading";
@@ -149,7 +164,8 @@ function load() {
     event.preventDefault();
     shown.failed({ command: "load", message: event.message || "a part of this page could not be loaded" });
   };
-  const threads = Number(query.get("threads")) || abilities.threads;
+  const wish = Number(query.get("threads")) || abilities.threads;
+  const threads = globalThis.crossOriginIsolated ? wish : 1;
   worker.postMessage({ command: "load", provider, threads });
 }
 
@@ -167,6 +183,7 @@ function send() {
   answering.setAttribute("aria-busy", "true");
   answering.dataset.doing = "Reading";
   document.body.dataset.state = "answering";
+  $("anew").disabled = true;
   show("send", false);
   show("stop", true);
   $("speed").textContent = "–";
@@ -175,7 +192,6 @@ function send() {
 }
 
 function beginAnew() {
-  if (answering) worker.postMessage({ command: "stop" });
   turns = [];
   $("log").replaceChildren();
   $("used").textContent = "–";
@@ -191,6 +207,7 @@ function resize() {
 
 function listen() {
   $("load").onclick = load;
+  $("provider").onchange = labelStart;
   $("again").onclick = load;
   $("anew").onclick = beginAnew;
   $("stop").onclick = () => worker.postMessage({ command: "stop" });
@@ -236,9 +253,7 @@ async function start() {
   if (!config.template) $("text").placeholder = "Text to continue";
   offerProviders();
   listen();
-  const bytes = config.files.reduce((sum, file) => sum + file.bytes, 0);
-  const stored = await isStored(config);
-  $("load").textContent = stored ? "Start" : `Download and start (${megabytes(bytes)})`;
+  await labelStart();
   show("welcome", true);
   document.body.dataset.state = "welcome";
   $("load").focus();

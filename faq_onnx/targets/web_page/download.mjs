@@ -23,11 +23,15 @@ async function dropOld(store, config) {
   }
 }
 
+/** The files that a provider needs, with their sizes. */
+export const filesFor = (config, provider) =>
+  config.files.filter((entry) => !entry.provider || entry.provider === provider);
+
 /** Whether everything lies in the browser's storage already. */
-export async function isStored(config) {
+export async function isStored(config, provider) {
   const store = await openStore();
   if (!store) return false;
-  for (const { file } of config.files) {
+  for (const { file } of filesFor(config, provider)) {
     if (!(await store.match(address(config, file)))) return false;
   }
   return true;
@@ -54,17 +58,19 @@ async function readBody(response, { file, bytes }, onBytes) {
 }
 
 /**
- * Fetch all files of the model: {name: Uint8Array}.
+ * Fetch all that a provider needs: {name: Uint8Array}.
  * @param config model.json
+ * @param provider "webgpu" or "wasm"
  * @param onProgress called with ({loaded, total, stored}) in bytes
  */
-export async function fetchFiles(config, onProgress) {
+export async function fetchFiles(config, provider, onProgress) {
   const store = await openStore();
   if (store) await dropOld(store, config);
-  const total = config.files.reduce((sum, { bytes }) => sum + bytes, 0);
+  const wanted = filesFor(config, provider);
+  const total = wanted.reduce((sum, { bytes }) => sum + bytes, 0);
   let loaded = 0;
   const files = {};
-  for (const entry of config.files) {
+  for (const entry of wanted) {
     const url = address(config, entry.file);
     const kept = store && (await store.match(url));
     const response = kept || (await fetch(url));

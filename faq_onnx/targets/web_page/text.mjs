@@ -4,6 +4,7 @@ import { Template } from "./lib/jinja.mjs";
 import { Tokenizer } from "./lib/tokenizers.mjs";
 
 const UNFINISHED = "\ufffd"; // a character whose bytes are not all there yet
+const LONGEST_CHARACTER = 6; // tokens: one of context, four of a byte each, and the next
 
 export class TextCodec {
   constructor(tokenizer, tokenizerConfig, config) {
@@ -28,19 +29,20 @@ export class TextCodec {
     return ids.length ? this.tokenizer.decode(ids, { skip_special_tokens: true }) : "";
   }
 
-  /** A function from the next token id to the text that became complete with it. */
+  /** {push, rest}: the text that became complete with the next token id, and what is left at the end. */
   stream() {
     let ids = [];
     let shown = "";
-    return (id) => {
+    const push = (id) => {
       ids.push(id);
       const text = this.decode(ids);
-      if (text.endsWith(UNFINISHED)) return "";
+      if (text.endsWith(UNFINISHED) && ids.length < LONGEST_CHARACTER) return "";
       const piece = text.slice(shown.length);
       // What follows depends on one token of context only (decoders join words by it).
       ids = [id];
       shown = this.decode(ids);
       return piece;
     };
+    return { push, rest: () => this.decode(ids).slice(shown.length) };
   }
 }

@@ -9,8 +9,8 @@ const memory = countMemory(); // before onnxruntime-web allocates anything
 const PREFILL = 128; // tokens read at once: between two of them progress is told and a stop is heard
 
 const LIBRARIES = {
-  webgpu: ["ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify"],
-  wasm: ["ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded"],
+  webgpu: ["ort.webgpu.bundle.min.mjs", "lib/ort-wasm-simd-threaded.asyncify"],
+  wasm: ["ort.wasm.bundle.min.mjs", "lib/ort-wasm-simd-threaded"],
 };
 
 let config = null;
@@ -28,23 +28,17 @@ const breathe = () =>
     port2.postMessage(0);
   });
 
-const readJson = async (name) => {
-  const response = await fetch(new URL(name, import.meta.url));
-  if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
-  return response.json();
-};
-
 async function load({ provider, threads }) {
-  config = await readJson("model.json");
+  const response = await fetch(new URL("model.json", import.meta.url));
+  if (!response.ok) throw new Error(`model.json: the server answered ${response.status}`);
+  config = await response.json();
   const start = performance.now();
-  const files = await fetchFiles(config, (progress) => tell("progress", progress));
+  const files = await fetchFiles(config, provider, (progress) => tell("progress", progress));
   tell("preparing");
   const [library, binary] = LIBRARIES[provider];
   const ort = await import(`./lib/${library}`);
-  ort.env.wasm.wasmPaths = {
-    mjs: new URL(`lib/${binary}.mjs`, import.meta.url).href,
-    wasm: new URL(`lib/${binary}.wasm`, import.meta.url).href,
-  };
+  ort.env.wasm.wasmPaths = { mjs: new URL(`${binary}.mjs`, import.meta.url).href };
+  ort.env.wasm.wasmBinary = files[`${binary}.wasm`];
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   const where = provider === "webgpu" ? "gpu-buffer" : "cpu";
@@ -54,7 +48,8 @@ async function load({ provider, threads }) {
     preferredOutputLocation: Object.fromEntries(config.cache.map(({ present }) => [present, where])),
   });
   decoder = new Decoder(ort, session, config);
-  codec = new TextCodec(await readJson("tokenizer.json"), await readJson("tokenizer_config.json"), config);
+  const parse = (name) => (files[name] ? JSON.parse(new TextDecoder().decode(files[name])) : {});
+  codec = new TextCodec(parse("tokenizer.json"), parse("tokenizer_config.json"), config);
   tell("ready", { provider, threads, seconds: (performance.now() - start) / 1000, memory: memory() });
 }
 
@@ -98,7 +93,7 @@ async function answer({ turns, length, temperature }) {
     }
     count += 1;
     const seconds = (performance.now() - started) / 1000;
-    tell("piece", { text: stream(token), count, seconds, memory: memory() });
+    tell("piece", { text: stream.push(token), count, seconds, memory: memory() });
     if (count === longest) {
       reason = "length";
       break;
@@ -108,29 +103,30 @@ async function answer({ turns, length, temperature }) {
     logits = await decoder.read([token]);
   }
   const seconds = (performance.now() - started) / 1000;
-  tell("done", { reason, count, seconds, prompt: prompt.length, readSeconds, memory: memory() });
+  tell("done", { reason, text: stream.rest(), count, seconds, prompt: prompt.length, readSeconds, memory: memory() });
 }
 
-/** Best tokens behind a prompt of ids, for `faq-onnx verify`. */
-async function prove({ ids, steps, pieces }) {
+/** Best tokens behind a prompt of ids, as many as the seconds allow: `faq-onnx verify` asks for them. */
+async function prove({ ids, steps, pieces, seconds: limit }) {
   decoder.reset();
   const started = performance.now();
+  const elapsed = (since) => (performance.now() - since) / 1000;
   let logits = null;
   for (let at = 0; at < ids.length; at += pieces) logits = await decoder.read(ids.slice(at, at + pieces));
-  const readSeconds = (performance.now() - started) / 1000;
+  const readSeconds = elapsed(started);
   const tokens = [];
   const begun = performance.now();
   for (;;) {
     tokens.push(draw(logits, 0));
-    if (tokens.length === steps) break;
-    logits = await decoder.read([tokens.at(-1)]);
+    if (tokens.length === steps || elapsed(started) > limit) break;
+    logits = await decoder.read(tokens.slice(-1));
   }
-  const seconds = (performance.now() - begun) / 1000;
+  tell("proof", { tokens, readTokens: ids.length, readSeconds, seconds: elapsed(begun), memory: memory() });
   decoder.reset();
-  tell("proof", { tokens, readSeconds, seconds, memory: memory(), text: codec.decode(tokens) });
 }
 
-const encode = ({ turns }) => tell("encoded", { ids: codec.encodeTurns(turns) });
+/** Token ids of a plain text, for the same. */
+const encode = ({ text }) => tell("encoded", { ids: codec.encode(text, { add_special_tokens: false }) });
 
 const COMMANDS = { load, answer, prove, encode, forget: () => decoder?.reset() };
 
