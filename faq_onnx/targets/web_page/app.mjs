@@ -66,13 +66,14 @@ const shown = {
   reading({ done, total }) {
     if (answering) answering.dataset.doing = done < total ? `Reading ${done} of ${total} tokens` : "Thinking";
   },
-  piece({ text, count, seconds, memory }) {
+  piece({ text, used, count, seconds, memory }) {
     const log = $("log").parentElement;
     const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
     answering.textContent += text;
     if (follows) log.scrollTop = log.scrollHeight;
     $("speed").textContent = speedText(count - 1, seconds);
     $("memory").textContent = memoryText(memory);
+    $("used").textContent = `${used} of ${config.context}`;
   },
   done({ reason, text, count, seconds, prompt, readSeconds, memory }) {
     answering.textContent += text;

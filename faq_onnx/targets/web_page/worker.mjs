@@ -93,7 +93,7 @@ async function answer({ turns, length, temperature }) {
     }
     count += 1;
     const seconds = (performance.now() - started) / 1000;
-    tell("piece", { text: stream.push(token), count, seconds, memory: memory() });
+    tell("piece", { text: stream.push(token), used: prompt.length + count, count, seconds, memory: memory() });
     if (count === longest) {
       reason = "length";
       break;
