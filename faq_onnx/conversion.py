@@ -169,7 +169,7 @@ class Run:
     ) -> RunReport:
         """Quantize, write, verify and package."""
         assert self.target is not None
-        size = run_report.source_bytes(opened.source, opened.model)
+        size = stages.source_bytes(opened.source, opened.model)
         error, errors = self._quantize(opened, planned, stats, reference, windows)
         with self.timed("save"):
             saved = save_package_model(
@@ -203,7 +203,7 @@ class Run:
             report.model_copy(update=news),
             config=self.config,
             times=self.times,
-            totals=(size, saved.bytes),
+            totals=(size, manifest.model_bytes),
         )
         run_report.write_report(result, folder)
         return result

@@ -8,16 +8,15 @@ import onnx_ir as ir
 
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
-from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.target import ModelOutline, PlannedWeight
 from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.report.rows import weight_bytes
-from faq_onnx.run_report import source_bytes
 from faq_onnx.stages import OpenedModel
 from faq_onnx.verify.nodes import MATMUL, LowBitNode, low_bit_nodes
 
 __all__ = ["outline_of_model", "outline_of_plan"]
 
+SCALES_INPUT = 2  # of MatMulNBits and GatherBlockQuantized
 BIAS_INPUT = 5  # of MatMulNBits
 
 
@@ -38,27 +37,33 @@ def outline_of_plan(
     """
     plans = {plan.site: plan for plan in sites}
     tables = {plan.embedding: plan for plan in embeddings}
-    weights = [_planned_site(site, plans[site.name]) for site in opened.census.sites]
-    own = [_planned_table(table, tables[table.name]) for table in opened.census.embeddings]
+    census = opened.census
+    linear = [_planned_site(site, plans[site.name]) for site in census.sites]
+    looked_up = [_planned_table(table, tables[table.name]) for table in census.embeddings]
     small = any(plan.format is not None and plan.format.block_scales == "8-bit" for plan in sites)
     size = opened.other_bytes("8-bit" if small else "float", external=False)
-    size += sum(_size(weight) for weight in weights)
+    floats: dict[str, int] = {}  # a float table and its tied head are one initializer
     shared = {plan.embedding for plan in embeddings if plan.shared_with is not None}
-    size += sum(_size(weight) for weight in own if weight.place not in shared)
+    stored: list[LinearSite | EmbeddingSite] = [*census.sites, *census.embeddings]
+    for site, weight in zip(stored, (*linear, *looked_up), strict=True):
+        if weight.format is None:
+            floats[site.weight] = _size(weight)
+        elif weight.place not in shared:
+            size += _size(weight)
+    size += sum(floats.values())
     if fuse_attention:
         size += rotary_table_bytes(opened.model, opened.source)
-    return ModelOutline(weights=(*weights, *own), model_bytes=size)
+    return ModelOutline(weights=(*linear, *looked_up), model_bytes=size)
 
 
-def outline_of_model(source: SourceModel, model: ir.Model) -> ModelOutline:
-    """What a model holds now; of its weights, those in low bits."""
-    biased = {
-        node.name or node.outputs[0].name
+def outline_of_model(model: ir.Model, model_bytes: int) -> ModelOutline:
+    """What a model of that size holds now; of its weights, those in low bits."""
+    nodes = {
+        node.name or node.outputs[0].name: node
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
-        if node.op_type == MATMUL and len(node.inputs) > BIAS_INPUT and node.inputs[BIAS_INPUT]
     }
-    weights = tuple(_finished(node, biased) for node in low_bit_nodes(model))
-    return ModelOutline(weights=weights, model_bytes=source_bytes(source, model))
+    weights = tuple(_finished(node, nodes[node.name]) for node in low_bit_nodes(model))
+    return ModelOutline(weights=weights, model_bytes=model_bytes)
 
 
 def _planned_site(site: LinearSite, plan: SitePlan) -> PlannedWeight:
@@ -82,12 +87,15 @@ def _weight(site: LinearSite | EmbeddingSite, fmt: BlockFormat | None) -> Planne
     )
 
 
-def _finished(node: LowBitNode, biased: set[str | None]) -> PlannedWeight:
-    spec = node.spec
+def _finished(found: LowBitNode, node: ir.Node) -> PlannedWeight:
+    spec, is_linear = found.spec, found.op_type == MATMUL
+    scales = node.inputs[SCALES_INPUT]
+    multiplied = scales is not None and scales.producer() is not None
+    bias = node.inputs[BIAS_INPUT] if is_linear and len(node.inputs) > BIAS_INPUT else None
     return PlannedWeight(
-        place=node.name,
-        kind="linear" if node.op_type == MATMUL else "embedding",
-        rows=node.rows,
+        place=found.name,
+        kind="linear" if is_linear else "embedding",
+        rows=found.rows,
         width=spec.in_features,
         dtype=spec.scale_dtype,
         format=BlockFormat(
@@ -95,10 +103,11 @@ def _finished(node: LowBitNode, biased: set[str | None]) -> PlannedWeight:
             storage_bits=spec.bits,
             block_size=spec.block_size,
             symmetric=not spec.zero_point_dtype,
+            block_scales="8-bit" if multiplied else "float",
         ),
         accuracy_level=spec.accuracy_level,
         float_zero_points=spec.zero_point_dtype not in {"", "uint8"},
-        has_bias=node.name in biased,
+        has_bias=bias is not None,
     )
 
 

@@ -12,8 +12,10 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.target import ModelOutline, Refusal, TargetProof
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import UnsupportedFormatError, VerificationError
-from faq_onnx.fuse_stages import SavedModel
+from faq_onnx.fuse_stages import MODEL_NAME, SavedModel
 from faq_onnx.graph.exact import exact_twin
+from faq_onnx.graph.io import load_model
+from faq_onnx.outline import outline_of_model
 from faq_onnx.progress import Progress
 from faq_onnx.quant.formats import PROVIDERS
 from faq_onnx.runtime.reference import take_reference
@@ -103,7 +105,10 @@ def make_package(
     copy_companions(model.source, folder)
     with exact_twin(model.saved.plain) as exact:
         reference = take_reference(open_session(exact), prompt[:TRIAL_PROMPT], GENERATION_STEPS)
-    facts = target.package(PackageJob(model.source, folder, model.work, progress))
+    outline = outline_of_model(load_model(folder / MODEL_NAME), model.saved.bytes)
+    job = PackageJob(model.source, folder, model.work, outline, reference, progress)
+    facts = target.package(job)
+    reference = facts.reference or reference
     proof = target.prove(folder, reference, progress)
     notes = (*facts.notes, *judge_proof(target, proof, force=force))
     manifest = PackageManifest(
@@ -111,7 +116,7 @@ def make_package(
         target=target.name,
         options=target.options.model_dump(mode="json"),
         source=model.source.given,
-        model_bytes=model.saved.bytes,
+        model_bytes=facts.model_bytes or model.saved.bytes,
         reference=reference,
         proof=proof,
         attention=model.saved.fusion,

@@ -103,7 +103,7 @@ def inspect_for(
     config = package_stages.settle(QuantizeConfig(), chosen)
     with work_folder(None) as work:
         resolved, model = stages.load_source(source, work, progress)
-        outline = outline_of_model(resolved, model)
+        outline = outline_of_model(model, stages.source_bytes(resolved, model))
         if outline.weights:
             return None, chosen.refusals(outline)
         opened = stages.understand(resolved, model, progress)
@@ -137,7 +137,7 @@ def preview(
         planned = make_plan(opened.census, _plain(config), None, opened.read)
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
-        size = run_report.source_bytes(opened.source, opened.model)
+        size = stages.source_bytes(opened.source, opened.model)
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
@@ -227,7 +227,8 @@ def package(  # noqa: PLR0913 - one argument per option of the command
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         resolved, model = stages.load_source(source, work, progress)
         chosen.check_source(resolved, model)
-        package_stages.check_limits(chosen, outline_of_model(resolved, model))
+        outline = outline_of_model(model, stages.source_bytes(resolved, model))
+        package_stages.check_limits(chosen, outline)
         with progress.stage("save", 1, "models") as advance:
             saved = save_package_model(model, resolved, out.path, work, fuse_attention=fuse)
             advance(1)

@@ -7,10 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx_ir as ir
-
 from faq_onnx.artifacts.run import RunReport, StageTime
-from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.verification import VerificationReport
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.planning.planner import PlannedModel
@@ -21,7 +18,7 @@ from faq_onnx.stages import OpenedModel
 if sys.platform != "win32":
     import resource
 
-__all__ = ["REPORT_NAME", "SUMMARY_NAME", "make_report", "source_bytes", "write_report"]
+__all__ = ["REPORT_NAME", "SUMMARY_NAME", "make_report", "write_report"]
 
 REPORT_NAME = "report.json"
 SUMMARY_NAME = "summary.md"
@@ -68,19 +65,6 @@ def write_report(report: RunReport, folder: Path) -> None:
     """Write report.json, and summary.md for people."""
     report.save(folder / REPORT_NAME)
     (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
-
-
-def source_bytes(source: SourceModel, model: ir.Model) -> int:
-    """Size of the ONNX file and of the files that hold its weights."""
-    path = source.onnx_path
-    external = {
-        Path(value.const_value.path).resolve()
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    external.discard(path.resolve())
-    return path.stat().st_size + sum(file.stat().st_size for file in external)
 
 
 def _peak_rss_bytes() -> int | None:

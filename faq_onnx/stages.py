@@ -58,6 +58,7 @@ __all__ = [
     "quantize",
     "read_config",
     "rewrite",
+    "source_bytes",
     "understand",
 ]
 
@@ -150,6 +151,19 @@ def understand(resolved: SourceModel, model: ir.Model, progress: Progress) -> Op
     for warning in census.warnings:
         progress.note(warning)
     return OpenedModel(resolved, model, census, _fingerprint(model, resolved.onnx_path))
+
+
+def source_bytes(source: SourceModel, model: ir.Model) -> int:
+    """Size of the ONNX file and of the files that hold its weights."""
+    path = source.onnx_path
+    external = {
+        Path(value.const_value.path).resolve()
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    external.discard(path.resolve())
+    return path.stat().st_size + sum(file.stat().st_size for file in external)
 
 
 def _resolve(source: str, work: Path, progress: Progress) -> SourceModel:

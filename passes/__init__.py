@@ -20,6 +20,7 @@ from faq_onnx.passes.fuse_attention import (
 )
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
+from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
 
@@ -33,6 +34,7 @@ __all__ = [
     "InsertActivationStatsPass",
     "MatMulToNBitsPass",
     "OnPass",
+    "QuantizeCachePass",
     "QuantizeEmbeddingPass",
     "RotaryTable",
     "pass_name",
@@ -45,6 +47,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "fuse-attention": FuseAttentionPass,
         "insert-activation-stats": InsertActivationStatsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
+        "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
     }
 )

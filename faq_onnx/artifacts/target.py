@@ -79,17 +79,19 @@ class Refusal(Record):
 
 
 class Reference(Record):
-    """What plain onnxruntime makes of a prompt, with low-bit nodes in float32.
+    """What plain onnxruntime makes of a prompt.
 
     Attributes:
         prompt: Token ids.
         tokens: Greedy continuation.
+        margins: How far each of these was ahead of the second best, over the largest logit.
         logits: The largest logits behind the prompt: token and value, largest first.
-        problem: Why there are none of both; "" otherwise.
+        problem: Why there are no tokens and logits; "" otherwise.
     """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...] = ()
+    margins: tuple[float, ...] = ()
     logits: tuple[tuple[int, float], ...] = ()
     problem: str = ""
 
@@ -138,7 +140,17 @@ class TargetProof(Record):
 
 
 class PackageFacts(Record):
-    """What a target has to say about the folder that it filled."""
+    """What a target has to say about the folder that it filled.
+
+    Attributes:
+        notes: For people, now and in the manifest.
+        tables: Figures.
+        model_bytes: Size of the model in the form that it has now; None where it is as it was.
+        reference: What to compare the package with later; None takes that of the source, whose
+            low-bit products are computed in float32.
+    """
 
     notes: tuple[str, ...] = ()
     tables: tuple[FactTable, ...] = ()
+    model_bytes: int | None = None
+    reference: Reference | None = None

@@ -15,6 +15,7 @@ _EPILOG = f"""\
 examples:
   faq-onnx package out/ -o out-genai/ --target genai
   faq-onnx package out/ -o out-genai/ --target genai --no-fuse-attention
+  faq-onnx package out/ -o phone/ --target ort-mobile
 
 targets:
 {_LIST}

@@ -31,6 +31,7 @@ DTYPES: Mapping[str, npt.DTypeLike] = MappingProxyType(
         "tensor(bool)": np.bool_,
         "tensor(float)": np.float32,
         "tensor(float16)": np.float16,
+        "tensor(int8)": np.int8,  # a quantized cache
         "tensor(int32)": np.int32,
         "tensor(int64)": np.int64,
     }
@@ -79,7 +80,7 @@ class CacheSlot:
     Attributes:
         name: Graph input.
         position: Layer and part; the output of the same position continues it.
-        dtype: float32 or float16.
+        dtype: float32, float16, or int8 where the cache is quantized.
         heads: Key/value heads.
         head_dim: Width of a head.
     """

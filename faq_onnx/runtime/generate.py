@@ -25,7 +25,11 @@ Logits = npt.NDArray[np.float32]
 
 LOGITS = "logits"
 CPU = "cpu"
-ORT_TYPES = {np.dtype(np.float32): "tensor(float)", np.dtype(np.float16): "tensor(float16)"}
+ORT_TYPES = {
+    np.dtype(np.float32): "tensor(float)",
+    np.dtype(np.float16): "tensor(float16)",
+    np.dtype(np.int8): "tensor(int8)",
+}
 
 
 @dataclasses.dataclass(frozen=True)

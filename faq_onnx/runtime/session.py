@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,8 @@ from faq_onnx.graph.io import load_model
 from faq_onnx.runtime.cache_width import named_cache_widths, parse_model
 from faq_onnx.runtime.feeds import cache_position
 
-__all__ = ["FLOAT_KERNELS", "ORT_ERRORS", "RUN_ERRORS", "open_session", "run_error", "run_session"]
+__all__ = ["ORT_ERRORS", "RUN_ERRORS", "open_session", "run_error", "run_session"]
 
-# With int8 activations a difference of one epsilon may move a rounding: turning onnxruntime's own
-# optimizations off moves SmolLM2's 4-bit logits by 4e-2 of their size. Two graphs that are to be
-# the same function are compared with low-bit nodes that compute in float32.
-FLOAT_KERNELS: Mapping[str, str] = MappingProxyType({"mlas.qnbit.force_fp32": "1"})
 FATAL_LEVEL = 4  # errors are raised anyway; onnxruntime would print them in red as well
 INFO_LEVEL = 1
 

@@ -14,6 +14,7 @@ __all__ = ["DEFAULT_TARGET", "TARGETS"]
 TARGETS: Mapping[str, str] = MappingProxyType(
     {
         "genai": "onnxruntime-genai: chat and text generation on CPU and GPU",
+        "ort-mobile": "ONNX Runtime Mobile: one .ort file for the CPU of a phone",
         "web": "a static folder with a chat page: onnxruntime-web on WebGPU or WebAssembly",
     }
 )

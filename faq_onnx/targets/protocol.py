@@ -40,12 +40,16 @@ class PackageJob:
         folder: Holds `model.onnx` and the companions. The target adds what its runtime needs, and
             may replace the model by another form.
         work: For what is not to be kept.
+        outline: Of `model.onnx`.
+        reference: What plain onnxruntime makes of the source, low-bit products in float32.
         progress: Receives stages and notes.
     """
 
     source: SourceModel
     folder: Path
     work: Path
+    outline: ModelOutline
+    reference: Reference
     progress: Progress
 
 
@@ -96,6 +100,6 @@ class Target(abc.ABC):
 
         Args:
             folder: The package.
-            reference: What plain onnxruntime made of the model as it came.
+            reference: What plain onnxruntime made of the source, or what `package` gave.
             progress: Receives stages.
         """

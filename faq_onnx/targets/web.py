@@ -141,6 +141,7 @@ class WebTarget(Target):
         return PackageFacts(
             notes=tuple(notes),
             tables=(_downloads(config),),
+            model_bytes=sum(file.bytes for file in divided),
         )
 
     def prove(self, folder: Path, reference: Reference, progress: Progress) -> TargetProof:

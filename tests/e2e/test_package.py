@@ -55,6 +55,35 @@ def test_greedy_tokens_in_genai_equal_the_unfused_model_in_onnxruntime(
     assert shares_buffer(tmp_path / "out")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_int8_cache_runs_in_genai(cli: Any, tmp_path: Path, family: str) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    source = genai_source(f"optimum-{family}-untied-fp32", tmp_path / "source")
+    words = ("package", source, "-o", tmp_path / "out", "--target", "genai", "-q", "--json")
+    done = cli.run(*words, "--target-option", "kv_cache=int8")
+    assert done.code == 0, done.err
+    (check,) = done.json["proof"]["checks"]
+    assert (check["name"], check["passed"]) == ("greedy tokens", True)
+    ((wide, narrow, kl, _, _),) = done.json["tables"][0]["rows"]
+    assert wide == 4 * narrow
+    assert 0 < kl < 0.1
+    model = load_model(tmp_path / "out" / "model.onnx")
+    cache = [value for value in model.graph.inputs if "past" in str(value.name)]
+    assert {str(value.dtype) for value in cache} == {"INT8"}
+    assert shares_buffer(tmp_path / "out")
+    assert cli.run("verify", tmp_path / "out", "-q").code == 0
+
+
+def test_an_int8_cache_needs_fused_attention(cli: Any, tmp_path: Path) -> None:
+    source = genai_source("optimum-llama-untied-fp32", tmp_path / "source")
+    words = ("package", source, "-o", tmp_path / "out", "--target", "genai", "-q")
+    done = cli.run(*words, "--no-fuse-attention", "--target-option", "kv_cache=int8")
+    assert done.code == 8
+    assert "kv_cache=int8 needs GroupQueryAttention in every layer" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_attention_can_stay(cli: Any, tmp_path: Path) -> None:
     source = genai_source("optimum-llama-untied-fp32", tmp_path / "source")
     words = ("package", source, "-o", tmp_path / "out", "--target", "genai", "-q", "--json")

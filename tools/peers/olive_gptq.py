@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from olive.data.registry import Registry  # type: ignore[import-not-found]
-from olive.model import HfModelHandler  # type: ignore[import-not-found]
-from olive.passes.olive_pass import create_pass_from_dict  # type: ignore[import-not-found]
-from olive.passes.onnx.model_builder import ModelBuilder  # type: ignore[import-not-found]
-from olive.passes.pytorch.gptq import Gptq  # type: ignore[import-not-found]
+from olive.data.registry import Registry
+from olive.model import HfModelHandler
+from olive.passes.olive_pass import create_pass_from_dict
+from olive.passes.onnx.model_builder import ModelBuilder
+from olive.passes.pytorch.gptq import Gptq
 
 
 @Registry.register_dataset("windows")  # type: ignore[untyped-decorator]

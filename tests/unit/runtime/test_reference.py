@@ -9,7 +9,12 @@ import pytest
 
 from faq_onnx.artifacts.target import Reference
 from faq_onnx.runtime.generate import generate_greedy
-from faq_onnx.runtime.reference import TOP_LOGITS, logit_distance, take_reference
+from faq_onnx.runtime.reference import (
+    TOP_LOGITS,
+    logit_distance,
+    take_reference,
+    token_agreement,
+)
 from faq_onnx.runtime.session import open_session
 from faq_onnx.testing import TinyLlama, write_tiny_llama
 
@@ -49,3 +54,16 @@ def test_what_cannot_be_fed_says_why(tmp_path: Path) -> None:
     assert reference.tokens == ()
     assert "could not run" in reference.problem
     assert logit_distance(reference, reference) == float("inf")
+
+
+def test_tokens_agree_up_to_a_tie() -> None:
+    margins = (0.5, 0.01, 0.5)
+    reference = Reference(prompt=(1,), tokens=(7, 8, 9), margins=margins)
+    assert token_agreement(reference, [7, 8, 9], 0).passed
+    assert token_agreement(reference, [7, 8], 0).text == "2 of 2 equal onnxruntime's"
+    assert not token_agreement(reference, [7, 5, 9], 1e-3).passed
+    tie = token_agreement(reference, [7, 5, 4], 1e-2)
+    assert tie.passed
+    assert tie.text == "1 of 3 equal onnxruntime's, then a tie (0.01 of the logits' size)"
+    assert not token_agreement(reference, [5, 8, 9], 1e-2).passed
+    assert not token_agreement(reference, [], 1).passed
