@@ -23,7 +23,7 @@ PIP = PYTHONWARNINGS=ignore '$(BIN)/python' -m pip install --quiet --disable-pip
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-web lint format check wheel docs clean clean-env
+.PHONY: help env demo test test-slow lint format check wheel docs clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,14 +36,6 @@ test: env ## Run the tests (about four minutes)
 
 test-slow: env ## Run the slow tests: real packages, whole conversions, the wheel
 	$(PYTEST) -m "slow and not hub"
-
-# npm's packages for the page of --target web, and Chromium: of no other use here, hence not part of `check`.
-NODE_MODULES := $(CACHE)/web/node_modules
-test-web: env ## Run the tests of --target web in Chromium; needs npm and chromium
-	@mkdir -p '$(CACHE)/web'
-	npm install --silent --ignore-scripts --no-audit --no-fund --prefix '$(CACHE)/web' \
-		onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11
-	FAQ_ONNX_NODE_MODULES='$(NODE_MODULES)' $(PYTEST) tests/e2e/test_web.py
 
 lint: env ## Style, types and the import contract
 	$(BIN)/ruff check .

@@ -10,20 +10,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from faq_onnx.artifacts.target import FactTable, ProofCheck, Reference, TargetProof
-from faq_onnx.errors import FaqOnnxError, PackageError
-from faq_onnx.graph.exact import exact_twin
+from faq_onnx.errors import PackageError
 from faq_onnx.progress import Progress
-from faq_onnx.runtime.generate import DecoderRun
-from faq_onnx.runtime.session import open_session
+from faq_onnx.runtime.reference import FLOAT_ROUNDING, token_agreement
 from faq_onnx.targets.browser import Browser, find_browser, open_browser, serve_folder
 from faq_onnx.targets.versions import installed_versions
 from faq_onnx.targets.web_model import PAGE_CONFIG, PageConfig
 
-__all__ = ["prove_in_browser"]
+__all__ = ["page_script", "prove_in_browser"]
 
 _LOGGER = logging.getLogger(__name__)
 _PROVIDERS = ("wasm", "webgpu")
@@ -32,10 +29,9 @@ _NO_BROWSER = "not tried: no Chromium or Chrome on PATH or in CHROME_PATH"
 _TIME_LIMIT_S = 120
 _PATIENCE_S = 900.0
 _PIECE = 5  # tokens of the prompt at once: the others are read behind a filled cache
-# How near two tokens' logits may lie, over the largest logit, to call an exchange of them a tie.
-# WebAssembly computes in float32; WebGPU takes int8 activations where accuracy_level is 4, which
-# moves logits of a 4-bit SmolLM2 by 4e-2 of their size.
-_TIES: Mapping[str, float] = MappingProxyType({"wasm": 1e-4, "webgpu": 4e-2})
+# WebAssembly computes low-bit products in float32; WebGPU takes int8 activations where
+# accuracy_level is 4, which moved the logits of a 4-bit SmolLM2 by 4e-2 of their size natively.
+_ROUNDING: Mapping[str, float] = MappingProxyType({"wasm": FLOAT_ROUNDING, "webgpu": 4e-2})
 _SAMPLE = "Hello, world!\n\n  Zwölf Boxkämpfer jagen 日本語 über 1234 (a_b) 🙂 don't\tstop"
 
 # The page's worker, told what to do; the promise is its last event.
@@ -103,7 +99,7 @@ def prove_in_browser(folder: Path, reference: Reference, progress: Progress) -> 
         ProofCheck(name=name, passed=passed, value=value)
         for name, (passed, value) in zip(
             names,
-            [*(_judge(trial, folder, reference) for trial in trials), _judge_text(folder, trials)],
+            [*(_judge(trial, reference) for trial in trials), _judge_text(folder, trials)],
             strict=True,
         )
     )
@@ -129,23 +125,39 @@ def _try(
             if adapter is None:
                 text = "not tried: this browser offers no WebGPU here"
                 return _Trial(provider, problem=text, tried=False), version
-            events = browser.evaluate(_script(provider, reference), _PATIENCE_S)
+            steps = max(len(reference.tokens), 1)
+            script = page_script(provider, reference.prompt, steps)
+            events = browser.evaluate(script, _PATIENCE_S)
             return _Trial(provider, events, adapter), version
     except (PackageError, OSError) as error:
         return _Trial(provider, problem=str(error)), version
 
 
-def _script(provider: str, reference: Reference) -> str:
-    load = {"command": "load", "provider": provider, "threads": 1}
-    prove = {
-        "command": "prove",
-        "ids": list(reference.prompt),
-        "steps": max(len(reference.tokens), 1),
-        "pieces": _PIECE,
-        "seconds": _TIME_LIMIT_S,
+def page_script(  # noqa: PLR0913 - what can be asked of the worker
+    provider: str,
+    ids: Sequence[int],
+    steps: int,
+    *,
+    threads: int = 1,
+    seconds: float = _TIME_LIMIT_S,
+    pieces: int = _PIECE,
+) -> str:
+    """JavaScript that loads the package, continues a prompt and gives the worker's events.
+
+    Args:
+        provider: wasm or webgpu.
+        ids: The prompt.
+        steps: Most tokens.
+        threads: Of WebAssembly.
+        seconds: After them no further token is begun.
+        pieces: Tokens of the prompt that are read at once.
+    """
+    prove = {"ids": list(ids), "steps": steps, "pieces": pieces, "seconds": seconds}
+    words = {
+        "load": {"command": "load", "provider": provider, "threads": threads},
+        "prove": {"command": "prove", **prove},
+        "encode": {"command": "encode", "text": _SAMPLE},
     }
-    encode = {"command": "encode", "text": _SAMPLE}
-    words = {"load": load, "prove": prove, "encode": encode}
     return _SCRIPT % {name: json.dumps(word) for name, word in words.items()}
 
 
@@ -158,7 +170,7 @@ def _adapter(browser: Browser) -> str | None:
     return None if found is None else str(found)
 
 
-def _judge(trial: _Trial, folder: Path, reference: Reference) -> tuple[bool | None, str]:
+def _judge(trial: _Trial, reference: Reference) -> tuple[bool | None, str]:
     if not trial.tried:
         return None, trial.problem
     failed = trial.events.get("failed", {}).get("message", "")
@@ -167,30 +179,11 @@ def _judge(trial: _Trial, folder: Path, reference: Reference) -> tuple[bool | No
     if reference.problem:
         return None, f"nothing to compare with: {reference.problem}"
     tokens = [int(token) for token in trial.events["proof"]["tokens"]]
-    wanted = list(reference.tokens)
-    where = f" ({trial.adapter})" if trial.adapter else ""
-    extent = f"{len(tokens)} tokens{where}"
-    if len(tokens) < len(wanted):
-        extent = f"{len(tokens)} of {len(wanted)} tokens in the time{where}"
-    same = next((n for n, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), None)
-    if same is None:
-        return True, f"equal onnxruntime's, {extent}"
-    gap = _gap(folder, reference, tokens, same)
-    if gap is not None and gap <= _TIES[trial.provider]:
-        text = f"equal onnxruntime's for {same} tokens, then a tie: logits {gap:.1g} of their size"
-        return True, f"{text} apart, {extent}"
-    return False, f"DIFFER: browser {tokens}, onnxruntime {wanted}{where}"
-
-
-def _gap(folder: Path, reference: Reference, tokens: Sequence[int], same: int) -> float | None:
-    """How far apart plain onnxruntime sees the two tokens where they part, over its largest."""
-    try:
-        with exact_twin(folder / "model.onnx") as exact:
-            run = DecoderRun(open_session(exact))
-            row = run.step(np.array([[*reference.prompt, *tokens[:same]]], np.int64))[0]
-    except FaqOnnxError:
-        return None
-    return float(abs(row[reference.tokens[same]] - row[tokens[same]]) / (abs(row).max() or 1.0))
+    agreement = token_agreement(reference, tokens, _ROUNDING[trial.provider])
+    text = agreement.text
+    if len(tokens) < len(reference.tokens):
+        text += f", no more in {_TIME_LIMIT_S} s"
+    return agreement.passed, f"{text} ({trial.adapter})" if trial.adapter else text
 
 
 def _judge_text(folder: Path, trials: Sequence[_Trial]) -> tuple[bool | None, str]:

@@ -1,15 +1,18 @@
 """`--target web` in a real Chromium: the same tokens, and a page that people can use.
 
-Needs Chromium (Debian: apt-get install chromium) and FAQ_ONNX_NODE_MODULES, or node_modules in the
-working folder, with what `npm install` is told to install by the error without; `make test-web`
-sees to the second.
+Needs Chromium (Debian: apt-get install chromium), and npm for the libraries of the page: they are
+taken from FAQ_ONNX_NODE_MODULES, else installed once into the cache folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,21 +39,39 @@ ESCAPE = {"key": "Escape", "code": "Escape", "windowsVirtualKeyCode": 27}
 PATIENCE_S = 240.0
 
 
-def _libraries() -> Path | None:
-    given = os.environ.get("FAQ_ONNX_NODE_MODULES")
-    try:
-        return find_libraries(Path(given) if given else None).folder
-    except PackageError:
-        return None
-
-
-NPM = _libraries()
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "faq-onnx"
+LIBRARIES = (
+    "onnxruntime-web@1.30.0",
+    "@huggingface/tokenizers@0.2.0",
+    "@huggingface/jinja@0.5.11",
+)
 PROGRAM = find_browser()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium"),
-    pytest.mark.skipif(NPM is None, reason="no onnxruntime-web: make test-web installs it"),
 ]
+
+
+@pytest.fixture(scope="session")
+def npm() -> Path:
+    """The node_modules folder."""
+    given = os.environ.get("FAQ_ONNX_NODE_MODULES")
+    if given:
+        return find_libraries(Path(given)).folder
+    folder = CACHE / f"web-{hashlib.sha256(' '.join(LIBRARIES).encode()).hexdigest()[:12]}"
+    with contextlib.suppress(PackageError):
+        return find_libraries(folder / "node_modules").folder
+    program = shutil.which("npm")
+    if program is None:
+        pytest.skip("npm is not installed")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [program, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]
+    done = subprocess.run(
+        [*command, str(folder), *LIBRARIES], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"npm cannot install {LIBRARIES[0]}: {done.stderr.strip()[-300:]}")
+    return find_libraries(folder / "node_modules").folder
 
 
 def _source(folder: Path) -> Path:
@@ -61,7 +82,7 @@ def _source(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(tmp_path_factory: pytest.TempPathFactory, npm: Path) -> Path:
     """A float package, made without asking the browser: the tests here do that."""
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy
 
@@ -72,7 +93,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
             str(_source(folder / "source")),
             folder / "out",
             target="web",
-            target_options={"node_modules": str(NPM), "title": "Tiny tales"},
+            target_options={"node_modules": str(npm), "title": "Tiny tales"},
         )
     return folder / "out"
 
@@ -144,10 +165,10 @@ def _native_answer(package: Path, said: str, tokens: int) -> str:
     ids=["fused, 8-bit scales", "unfused, zero points"],
 )
 def test_tokens_in_both_providers_equal_native(
-    cli: Any, tmp_path: Path, words: tuple[str, ...]
+    cli: Any, tmp_path: Path, npm: Path, words: tuple[str, ...]
 ) -> None:
     source = _source(tmp_path / "source")
-    place = f"node_modules={NPM}"
+    place = f"node_modules={npm}"
     options = ("--method", "rtn", "--target", "web", "--target-option", place)
     out = tmp_path / "out"
     done = cli.quick("convert", source, "-o", out, *options, *words)
