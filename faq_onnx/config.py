@@ -46,7 +46,7 @@ Scales = Literal["none", "awq", "faq"]
 Grid = Literal["minmax", "clip", "search", "hqq", "k-quant"]
 Rounding = Literal["nearest", "gptq"]
 Path = Literal["float", "low-bit"]
-BlockScales = Literal["float", "8-bit"]
+BlockScales = Literal["float", "8-bit", "lpbq"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,9 @@ class QuantizeConfig(_Section):
     block_scales: BlockScales = "float"
     """How each block's scale is stored: a float, or a byte times one float per row (8-bit), which
     saves 0.75 bits a weight in blocks of 32. onnxruntime multiplies them out when it loads the
-    model; needs its graph optimizations, which are on unless switched off.
+    model; needs its graph optimizations, which are on unless switched off. lpbq: 1 to 16 times
+    one float per row, for symmetric 4-bit weights, as Qualcomm's low-power block quantization
+    wants them; other weights keep floats.
     """
     budget: str | None = None
     """Mix 2, 4 and 8 bits and block sizes by measured sensitivity: 3.0bpw (bits per weight), 80MB

@@ -37,10 +37,13 @@ from faq_onnx.passes import (
     ActivationRequest,
     FoldScalesPass,
     FuseAttentionPass,
+    FuseNormsPass,
     InsertActivationStatsPass,
+    LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
     QuantizeEmbeddingPass,
+    StaticShapesPass,
     run_passes,
     spec,
 )
@@ -91,19 +94,25 @@ class PassBuilder:
         """Taken when the first pass needs it; passes keep the names that it goes by."""
         return take_census(self._model, self._config)
 
-    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: PLR0911  one a pass
+    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911  one a pass
         """The pass that a spec means for this model."""
         match wish:
             case spec.FoldScales():
                 return self._fold_scales(wish)
             case spec.FuseAttention():
                 return self._fuse_attention(wish)
+            case spec.FuseNorms():
+                return FuseNormsPass(wish.min_width)
             case spec.InsertActivationStats():
                 return self._insert_activation_stats(wish)
+            case spec.LiftMatMulNBits():
+                return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
             case spec.QuantizeEmbedding():
                 return self._quantize_embedding(wish)
+            case spec.StaticShapes():
+                return StaticShapesPass(_parse_shapes(wish.shapes))
             case spec.RemoveUnused():
                 return common.RemoveUnusedNodesPass()
             case spec.ImportedPass():
@@ -217,6 +226,22 @@ def _round(
         array = array[0] if site.layout is WeightLayout.ONE_K_N else array
         array = array if site.layout is WeightLayout.N_K else array.T
     return quantize_rtn(np.ascontiguousarray(array), fmt, np.dtype(site.dtype))
+
+
+def _parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by name from `name:1x16 name:1x16x8`.
+
+    Raises:
+        ConfigError: for a word that is not such a shape.
+    """
+    found = {}
+    for word in text.split():
+        name, _, sizes = word.rpartition(":")
+        numbers = sizes.split("x")
+        if not name or not all(number.isdecimal() for number in numbers):
+            raise ConfigError(f"static-shapes: found {word!r}; allowed NAME:SIZExSIZE...")
+        found[name] = tuple(map(int, numbers))
+    return found
 
 
 def _shared_plan(site: EmbeddingSite) -> EmbeddingPlan:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
-from faq_onnx.artifacts.target import ModelOutline, PlannedWeight
+from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight
 from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.report.rows import weight_bytes
 from faq_onnx.stages import OpenedModel
@@ -40,7 +40,7 @@ def outline_of_plan(
     census = opened.census
     linear = [_planned_site(site, plans[site.name]) for site in census.sites]
     looked_up = [_planned_table(table, tables[table.name]) for table in census.embeddings]
-    small = any(plan.format is not None and plan.format.block_scales == "8-bit" for plan in sites)
+    small = any(plan.format is not None and plan.format.block_scales != "float" for plan in sites)
     size = opened.other_bytes("8-bit" if small else "float", external=False)
     floats: dict[str, int] = {}  # a float table and its tied head are one initializer
     shared = {plan.embedding for plan in embeddings if plan.shared_with is not None}
@@ -53,7 +53,12 @@ def outline_of_plan(
     size += sum(floats.values())
     if fuse_attention:
         size += rotary_table_bytes(opened.model, opened.source)
-    return ModelOutline(weights=(*linear, *looked_up), model_bytes=size)
+    return ModelOutline(
+        weights=(*linear, *looked_up),
+        model_bytes=size,
+        inputs=_inputs(opened.model),
+        operators=_operators(opened.model),
+    )
 
 
 def outline_of_model(model: ir.Model, model_bytes: int) -> ModelOutline:
@@ -63,7 +68,31 @@ def outline_of_model(model: ir.Model, model_bytes: int) -> ModelOutline:
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
     }
     weights = tuple(_finished(node, nodes[node.name]) for node in low_bit_nodes(model))
-    return ModelOutline(weights=weights, model_bytes=model_bytes)
+    return ModelOutline(
+        weights=weights,
+        model_bytes=model_bytes,
+        inputs=_inputs(model),
+        operators=_operators(model),
+    )
+
+
+def _inputs(model: ir.Model) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in model.graph.inputs)
+
+
+def _operators(model: ir.Model) -> tuple[OperatorUse, ...]:
+    nodes: dict[tuple[str, str], list[ir.Node]] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        nodes.setdefault((node.domain, node.op_type), []).append(node)
+    return tuple(
+        OperatorUse(
+            op_type=op_type,
+            domain=domain,
+            first=alike[0].name or alike[0].outputs[0].name or op_type,
+            count=len(alike),
+        )
+        for (domain, op_type), alike in nodes.items()
+    )
 
 
 def _planned_site(site: LinearSite, plan: SitePlan) -> PlannedWeight:

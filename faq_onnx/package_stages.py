@@ -81,7 +81,8 @@ def check_limits(target: Target, outline: ModelOutline) -> None:
     if len(kinds) > SHOWN_REFUSALS:
         lines.append(f"and {len(kinds) - SHOWN_REFUSALS} more kinds")
     msg = f"{len(refusals)} of {len(outline.weights)} weights would not run on {target.name}:"
-    if all(refusal.place == "the model" for refusal in refusals):
+    places = {weight.place for weight in outline.weights}
+    if any(refusal.place not in places for refusal in refusals):
         msg = f"the target {target.name} would not run it:"
     raise UnsupportedFormatError("\n  - ".join([msg, *lines]))
 

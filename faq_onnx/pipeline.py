@@ -250,6 +250,9 @@ def verify(
     if not path.is_file() and manifest is None:
         msg = f"{path}: no such file; give the OUT folder of a conversion or an .onnx file"
         raise PackageError(msg)
+    if not path.is_file() and source is not None:
+        msg = f"--source {source}: {output} holds no {MODEL_NAME} to compare; leave --source out"
+        raise PackageError(msg)
     report = VerificationReport(structure=None, kernels=None, logits=None, sites=())
     if path.is_file():
         logits = None if source is None else _compare(path, source, progress)

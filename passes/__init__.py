@@ -18,11 +18,14 @@ from faq_onnx.passes.fuse_attention import (
     HeadRows,
     RotaryTable,
 )
+from faq_onnx.passes.fuse_norms import FuseNormsPass
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
+from faq_onnx.passes.lift_matmul_nbits import LiftMatMulNBitsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
+from faq_onnx.passes.static_shapes import StaticShapesPass
 
 __all__ = [
     "PASSES",
@@ -30,13 +33,16 @@ __all__ = [
     "AttentionBlock",
     "FoldScalesPass",
     "FuseAttentionPass",
+    "FuseNormsPass",
     "HeadRows",
     "InsertActivationStatsPass",
+    "LiftMatMulNBitsPass",
     "MatMulToNBitsPass",
     "OnPass",
     "QuantizeCachePass",
     "QuantizeEmbeddingPass",
     "RotaryTable",
+    "StaticShapesPass",
     "pass_name",
     "run_passes",
 ]
@@ -45,10 +51,13 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
     {
         "fold-scales": FoldScalesPass,
         "fuse-attention": FuseAttentionPass,
+        "fuse-norms": FuseNormsPass,
         "insert-activation-stats": InsertActivationStatsPass,
+        "lift-matmul-nbits": LiftMatMulNBitsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
         "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
+        "static-shapes": StaticShapesPass,
     }
 )
 """Every pass of this room by the name that text pipelines and messages use."""

@@ -105,7 +105,8 @@ def add_low_bit(
     if fmt.block_scales == "float":
         scales = add("scales", lambda w: w.scales, scale_dtype, shapes.scales)
     else:
-        dtype = ir.DataType.INT8 if fmt.symmetric else ir.DataType.UINT8
+        signed = fmt.symmetric or fmt.block_scales == "lpbq"
+        dtype = ir.DataType.INT8 if signed else ir.DataType.UINT8
         multiples = add("scale_multiples", lambda w: w.scales, dtype, shapes.scales)
         unit = add("scale_unit", _scale_unit, scale_dtype, shapes.scale_unit)
         scales = _multiply_out(graph, multiples, unit, f"{site.weight}_scales")

@@ -50,7 +50,7 @@ def pass_name(each: ir.passes.PassBase) -> str:
     )
 
 
-_NAMES = {"MatMulToNBits": "matmul-to-nbits"}
+_NAMES = {"LiftMatMulNBits": "lift-matmul-nbits", "MatMulToNBits": "matmul-to-nbits"}
 """Where the words of a class name are not its capital letters."""
 
 

@@ -19,12 +19,15 @@ __all__ = [
     "SPECS",
     "FoldScales",
     "FuseAttention",
+    "FuseNorms",
     "ImportedPass",
     "InsertActivationStats",
+    "LiftMatMulNBits",
     "MatMulToNBits",
     "PassSpec",
     "QuantizeEmbedding",
     "RemoveUnused",
+    "StaticShapes",
     "format_pipeline",
     "parse_pipeline",
 ]
@@ -58,12 +61,27 @@ class FuseAttention(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class FuseNorms(PassSpec):
+    """Fuse decomposed RMS norms over at least `min_width` channels."""
+
+    name = "fuse-norms"
+    min_width: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class InsertActivationStats(PassSpec):
     """Add the statistics of every scale group's activation as graph outputs."""
 
     name = "insert-activation-stats"
     sum_abs: bool = True
     gram: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftMatMulNBits(PassSpec):
+    """Reshape activations [rows, K] of MatMulNBits to [1, rows, K]."""
+
+    name = "lift-matmul-nbits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +108,14 @@ class QuantizeEmbedding(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class StaticShapes(PassSpec):
+    """Shapes of inputs and outputs, such as shapes="input_ids:1x16 logits:1x16x32000"."""
+
+    name = "static-shapes"
+    shapes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class RemoveUnused(PassSpec):
     """Remove nodes and initializers that nothing reads (onnx_ir's pass)."""
 
@@ -110,10 +136,13 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
         for spec in (
             FoldScales,
             FuseAttention,
+            FuseNorms,
             InsertActivationStats,
+            LiftMatMulNBits,
             MatMulToNBits,
             QuantizeEmbedding,
             RemoveUnused,
+            StaticShapes,
         )
     }
 )

@@ -27,7 +27,8 @@ class BlockFormat(Record):
         block_size: Consecutive input channels that share a scale.
         symmetric: No zero points stored; the implied one is 2**(storage_bits - 1).
         block_scales: "float", in the dtype of the activations, or "8-bit": a byte each, times one
-            float per row, which the graph multiplies and onnxruntime folds when it loads.
+            float per row, which the graph multiplies and onnxruntime folds when it loads; "lpbq"
+            is the same with 1 to 16 in the byte.
     """
 
     code_bits: int

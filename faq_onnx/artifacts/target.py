@@ -10,6 +10,7 @@ from faq_onnx.artifacts.record import Record
 __all__ = [
     "FactTable",
     "ModelOutline",
+    "OperatorUse",
     "PackageFacts",
     "PlannedWeight",
     "ProofCheck",
@@ -45,16 +46,36 @@ class PlannedWeight(Record):
     has_bias: bool = False
 
 
+class OperatorUse(Record):
+    """An operator that a graph has.
+
+    Attributes:
+        op_type: Its name.
+        domain: "" is that of ONNX.
+        first: Name of the first such node.
+        count: How many there are.
+    """
+
+    op_type: str
+    domain: str
+    first: str
+    count: int
+
+
 class ModelOutline(Record):
     """A finished model, or one that is planned: all that limits of a target depend on.
 
     Attributes:
         weights: In graph order.
         model_bytes: About the size of the file, weights included.
+        inputs: Names of the graph's inputs.
+        operators: Of the graph as it is, subgraphs included: not those that are planned.
     """
 
     weights: tuple[PlannedWeight, ...]
     model_bytes: int
+    inputs: tuple[str, ...] = ()
+    operators: tuple[OperatorUse, ...] = ()
 
 
 class Refusal(Record):

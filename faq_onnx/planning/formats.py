@@ -126,6 +126,12 @@ def _whole_blocks(in_features: int, block_size: int) -> int:
 
 
 def _check_grid(config: QuantizeConfig) -> None:
+    if config.block_scales == "lpbq" and not config.symmetric:
+        msg = (
+            "--block-scales lpbq: Qualcomm's low-power block quantization has no zero points; add "
+            "--symmetric"
+        )
+        raise ConfigError(msg)
     if config.symmetric and config.axes.grid == "hqq":
         way = "--method hqq" if config.rounding.grid == "method" else "--grid hqq"
         msg = (

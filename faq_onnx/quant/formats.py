@@ -89,10 +89,14 @@ def block_format(
 ) -> BlockFormat:
     """The block format of a bit width and block size.
 
+    Scales of lpbq are for codes stored in 4 bits; others keep floats.
+
     Raises:
         UnsupportedFormatError: If no kernel stores it.
     """
     storage_bits = storage_bits_for(code_bits)
+    if block_scales == "lpbq" and storage_bits != 4:
+        block_scales = "float"
     if block_size not in BLOCK_SIZES:
         near = [size for size in BLOCK_SIZES if size / 2 < block_size < size * 2]
         choice = " or ".join(str(size) for size in near) or f"one of {_list(BLOCK_SIZES)}"

@@ -133,7 +133,9 @@ class _Trial:
         high = np.maximum.reduce(columns, axis=0, initial=0.0)
         if fmt.symmetric:
             half = np.float32(1 << (fmt.code_bits - 1))
-            self._lowest_zero, self._highest_zero = half - 1, half
+            only_positive = fmt.block_scales == "lpbq"
+            self._lowest_zero = half if only_positive else half - 1
+            self._highest_zero = half
             self.base = _off_zero(np.maximum(-low, high) / (half - 1))
             self.zero = np.full(low.shape, half - 1, np.float32)
         else:

@@ -22,7 +22,10 @@ __all__ = ["ScaleUnit", "storable_scale"]
 Floats = npt.NDArray[np.float32]
 
 BYTE_MULTIPLES, SIGNED_BYTE_MULTIPLES = 255, 127
-# Searches and refits also look at scales above the one that covers the block.
+# Of Qualcomm's low-power block quantization: its kernel multiplies by 1 to 16, and has no signs.
+LPBQ_MULTIPLES = 16
+# Searches and refits also look at scales above the one that covers the block. Sixteen multiples
+# are too few for that.
 HEADROOM = np.float32(1.2)
 
 
@@ -33,7 +36,7 @@ class ScaleUnit:
     Attributes:
         values: In the dtype of the model's activations, [N, 1], > 0.
         largest: Largest multiple; the smallest is 1. Symmetric formats have multiples of both
-            signs.
+            signs, unless their scales are lpbq's.
     """
 
     values: npt.NDArray[np.floating]
@@ -47,7 +50,9 @@ class ScaleUnit:
         """
         if fmt.block_scales == "float":
             return None
-        unit = np.abs(scale).max(axis=1, keepdims=True) * (HEADROOM / np.float32(_largest(fmt)))
+        largest = np.float32(_largest(fmt))
+        part = (np.float32(1) if largest == LPBQ_MULTIPLES else HEADROOM) / largest
+        unit = np.abs(scale).max(axis=1, keepdims=True) * part
         return cls.stored(storable_scale(unit, dtype).astype(dtype), fmt)
 
     @classmethod
@@ -71,11 +76,12 @@ class ScaleUnit:
         """Nearest storable scales, float32: of whole rows [N, k_blocks], or of one block [N]."""
         unit = self._beside(scale)
         multiple = np.clip(np.rint(np.abs(scale) / unit), np.float32(1), np.float32(self.largest))
-        return self._value(np.copysign(multiple, scale), unit)
+        signed = np.copysign(multiple, scale) if self.largest != LPBQ_MULTIPLES else multiple
+        return self._value(signed, unit)
 
     def multiples(self, scale: Floats) -> npt.NDArray[Any]:
-        """Integers that rounded scales [N, k_blocks] stand for: uint8, or int8 with signs."""
-        dtype = np.int8 if self.largest == SIGNED_BYTE_MULTIPLES else np.uint8
+        """Integers that rounded scales [N, k_blocks] stand for: uint8, or int8 where they fit."""
+        dtype = np.uint8 if self.largest == BYTE_MULTIPLES else np.int8
         multiples: npt.NDArray[Any] = np.rint(scale / self._beside(scale)).astype(dtype)
         return multiples
 
@@ -94,6 +100,8 @@ class ScaleUnit:
 
 
 def _largest(fmt: BlockFormat) -> int:
+    if fmt.block_scales == "lpbq":
+        return LPBQ_MULTIPLES
     return SIGNED_BYTE_MULTIPLES if fmt.symmetric else BYTE_MULTIPLES
 
 

@@ -113,8 +113,10 @@ def range_grid(
     that suits these ranges.
     """
     if fmt.symmetric:
-        signed = np.where(high > -low, high, low)
-        wished: Floats = np.divide(signed, np.float32(-(1 << (fmt.code_bits - 1))))
+        half = np.float32(1 << (fmt.code_bits - 1))
+        wished: Floats = np.divide(np.where(high > -low, high, low), -half)
+        if fmt.block_scales == "lpbq":  # which has no negative ones to put the long side first
+            wished = np.maximum(-low / half, high / (half - 1))
         unit = unit or ScaleUnit.of(wished, fmt, scale_dtype)
         scale = storable_scale(wished, scale_dtype, unit)
         middle = np.float32(1 << (fmt.storage_bits - 1))

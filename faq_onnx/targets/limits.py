@@ -33,7 +33,7 @@ def _refusal(
     if weight.kind == "embedding" and not limits.gathers:
         return Refusal(
             place=weight.place,
-            found=f"a {fmt.storage_bits}-bit embedding",
+            found=f"an embedding in {fmt.storage_bits} bits",
             allowed=f"float ones: {name} has no GatherBlockQuantized",
             way_out="--embedding keep",
         )

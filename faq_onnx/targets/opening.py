@@ -12,7 +12,7 @@ from faq_onnx.errors import ConfigError
 from faq_onnx.targets import TARGETS
 from faq_onnx.targets.protocol import Target, TargetOptions
 
-__all__ = ["open_target", "option_lines", "split_options"]
+__all__ = ["open_target", "options_markdown", "split_options"]
 
 
 def open_target(name: str, options: Mapping[str, object] | None = None) -> Target:
@@ -28,7 +28,7 @@ def open_target(name: str, options: Mapping[str, object] | None = None) -> Targe
         known = ", ".join(kind.options_type.model_fields) or "none"
         problems = [
             f"--target-option {'.'.join(map(str, each['loc'][:1]))}: found {each['input']!r}; "
-            f"{each['msg'][:1].lower()}{each['msg'][1:]}"
+            f"{_reason(each['msg'])}"
             for each in error.errors()
         ]
         lines = "\n  - ".join([*problems, f"options of the target {name}: {known}"])
@@ -51,16 +51,22 @@ def split_options(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def option_lines() -> list[str]:
-    """Options of all targets, a line each."""
-    lines = []
+def options_markdown() -> str:
+    """Options of all targets as a table for docs/targets.md."""
+    lines = ["", "| target | option | default | meaning |", "|---|---|---|---|"]
     for name in TARGETS:
         for key, field in _target_type(name).options_type.model_fields.items():
             default = field.get_default(call_default_factory=True)
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            meaning = " ".join((field.description or "").split())
-            lines.append(f"{name} {key}={shown}: {meaning}")
-    return lines
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{key}` | `{shown}` | {meaning} |")
+    return "\n".join([*lines, "", ""])
+
+
+def _reason(message: str) -> str:
+    """What a validator says, to stand behind a semicolon."""
+    text = message.removeprefix("Value error, ")
+    return text if text is not message else f"{text[:1].lower()}{text[1:]}"
 
 
 def _target_type(name: str) -> type[Target]:

@@ -11,6 +11,7 @@ import pytest
 from faq_onnx.cli.main import COMMANDS, USAGES, build_parser, main
 from faq_onnx.cli.options import GROUPS, settings_markdown
 from faq_onnx.recipes import key_paths, load_recipe, recipe_schema
+from faq_onnx.targets.opening import options_markdown
 from faq_onnx.testing import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,11 @@ def test_schema_is_current() -> None:
 
 def test_settings_in_the_cli_page_are_current() -> None:
     assert settings_markdown() in CLI_PAGE, "run `make docs`"
+
+
+def test_options_of_targets_are_current() -> None:
+    page = (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert options_markdown() in page, "run `make docs`"
 
 
 def test_every_setting_has_an_option() -> None:

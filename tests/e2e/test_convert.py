@@ -24,6 +24,7 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped]
 from faq_onnx.artifacts.run import RunReport, SiteRow
 from faq_onnx.artifacts.sites import Tie
 from faq_onnx.config import METHODS, Method
+from faq_onnx.graph.io import load_model
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.testing import TinyLlama, write_tiny_llama
 
@@ -268,6 +269,29 @@ def test_block_scales_in_8_bits(
         # 4 bytes become 1 for each block, and each row has 4 more
         saved = plain.out_features * (3 * -(-plain.in_features // 16) - 4)
         assert plain.size_bytes - small.size_bytes == saved
+
+
+@pytest.mark.parametrize("words", [(), ("--grid", "clip"), ("--budget", "6bpw")])
+def test_block_scales_of_lpbq(
+    cli: Any, source: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    wish = ("--block-scales", "lpbq", *words)
+    done = cli.quick("convert", source, "-o", tmp_path / "out", "--symmetric", *wish)
+    assert done.code == 0, done.err
+    model = load_model(tmp_path / "out" / "model.onnx")
+    tensors = [
+        np.asarray(value.const_value.numpy())
+        for name, value in model.graph.initializers.items()
+        if name.endswith("_scale_multiples") and value.const_value is not None
+    ]
+    assert tensors
+    assert all(tensor.min() >= 1 and tensor.max() <= 16 for tensor in tensors)
+
+
+def test_lpbq_has_no_zero_points(cli: Any, source: Path, tmp_path: Path) -> None:
+    done = cli.quick("convert", source, "-o", tmp_path / "out", "--block-scales", "lpbq")
+    assert done.code == 2
+    assert "no zero points; add --symmetric" in done.err
 
 
 @pytest.mark.parametrize("method", ["faq", "faq-gptq"])

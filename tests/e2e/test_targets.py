@@ -131,11 +131,11 @@ def test_the_nearest_block_size_is_named(cli: Any, low_bit: Path, tmp_path: Path
 
 @pytest.mark.parametrize("command", ["convert", "package"])
 def test_a_wrong_option_lists_the_right_ones(cli: Any, low_bit: Path, command: str) -> None:
-    words = (command, low_bit, "-o", "out", "--target", "genai", "--target-option", "wings=2")
+    words = (command, low_bit, "-o", "out", "--target", "ort-mobile", "--target-option", "wings=2")
     done = cli.run(*words)
     assert done.code == 2
     assert "--target-option wings: found '2'" in done.err
-    assert "options of the target genai: none" in done.err
+    assert "options of the target ort-mobile: none" in done.err
 
 
 def test_help_lists_all_targets(cli: Any) -> None:

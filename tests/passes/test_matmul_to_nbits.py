@@ -82,6 +82,7 @@ CASES = [
     Case(TinyLlama(hidden=80, intermediate=112), 3, 32, symmetric=True),
     Case(SPEC, 4, 16, symmetric=False, block_scales="8-bit"),
     Case(SPEC, 4, 32, symmetric=True, block_scales="8-bit"),
+    Case(SPEC, 4, 16, symmetric=True, block_scales="lpbq"),
 ]
 
 

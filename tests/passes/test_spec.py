@@ -93,12 +93,18 @@ def test_pipelines_survive_the_way_to_text_and_back(pipeline: tuple[PassSpec, ..
     assert parse_pipeline(format_pipeline(pipeline)) == pipeline
 
 
+PAST = "past_key_values.0"
+SHAPES = (
+    f"input_ids:1x2 attention_mask:1x5 position_ids:1x2 {PAST}.key:1x2x3x16 {PAST}.value:1x2x3x16"
+)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_every_pass_of_the_table_can_be_built(name: str) -> None:
-    options = "{scale=2}" if name == "fold-scales" else ""
+    options = {"fold-scales": "{scale=2}", "static-shapes": f'{{shapes="{SHAPES}"}}'}.get(name, "")
     model = tiny_llama_onnx(TinyLlama(layers=1))
     result = optimize(model, name + options)
-    assert result.modified == (name != "remove-unused")
+    assert result.modified == (name not in {"lift-matmul-nbits", "remove-unused"})
 
 
 def test_a_pass_of_onnx_ir_by_its_import_path() -> None:
@@ -121,6 +127,7 @@ UNBUILDABLE = [
     Unbuildable("fold-scales", "needs plan=FOLDER, or scale=NUMBER > 0"),
     Unbuildable("fold-scales{scale=2,application=twist}", "application=twist"),
     Unbuildable("quantize-embedding{shared=true}", "is tied to no head"),
+    Unbuildable("static-shapes{shapes=ids}", "found 'ids'; allowed NAME:SIZExSIZE"),
     Unbuildable("no_such_module:Pass", "No module named"),
     Unbuildable("onnx_ir:Model{a=1}", "give module:Class"),
     Unbuildable("builtins:dict", "is no onnx_ir pass"),

@@ -146,3 +146,19 @@ def test_scales_in_8_bits_lose_half_a_unit_at_most(
     assert packed.scales.dtype.itemsize == 1
     assert (packed.scales != 0).all()
     np.testing.assert_array_equal(unpack_weight(packed)[1].scale, grid.scale)
+
+
+@FEW
+@given(weights(), st.sampled_from([np.float32, np.float16]))
+def test_scales_of_lpbq_are_1_to_16_units(
+    weight: npt.NDArray[np.float32], scale_dtype: type[np.floating]
+) -> None:
+    fmt = block_format(4, 16, symmetric=True, block_scales="lpbq")
+    packed = quantize_rtn(weight, fmt, scale_dtype)
+    assert packed.scales.min() >= 1
+    assert packed.scales.max() <= 16
+    assert packed.scale_unit is not None
+    assert (packed.scale_unit > 0).all()
+    largest = packed.scales.max(axis=1)
+    # the block that needs the largest scale of its row gets it; rows of zeros need none
+    assert (largest[weight.any(axis=1) & (packed.scale_unit[:, 0] > 2.0**-14)] == 16).all()

@@ -14,7 +14,13 @@ import onnxruntime as ort
 import pytest
 
 from faq_onnx.errors import CorruptModelError, PackageError, RewriteError, UnsupportedModelError
-from faq_onnx.graph.io import load_model, release_weights, rest_bytes, save_model
+from faq_onnx.graph.io import (
+    load_model,
+    release_weights,
+    rest_bytes,
+    save_model,
+    save_structure,
+)
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx
 
 ROWS, COLUMNS = 32, 24
@@ -364,6 +370,25 @@ def test_link_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model" / "weights.bin").symlink_to(secret)
     with pytest.raises(CorruptModelError, match="outside of the model's folder"):
         load_model(path)
+
+
+def test_a_structure_alone_refers_to_weights_in_its_folder(tmp_path: Path) -> None:
+    save_model(_model(), tmp_path / "model.onnx", external_data=True)
+    model = load_model(tmp_path / "model.onnx")
+    size = save_structure(model, tmp_path / "second.onnx")
+    assert size == (tmp_path / "second.onnx").stat().st_size < ROWS * COLUMNS * 4
+    np.testing.assert_array_equal(_run(tmp_path / "second.onnx"), _run(tmp_path / "model.onnx"))
+    tensor = model.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.base_dir == str(tmp_path)  # the model is as it was
+
+
+def test_a_structure_away_from_its_weights_is_refused(tmp_path: Path) -> None:
+    save_model(_model(), tmp_path / "model.onnx", external_data=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(PackageError, match=r"'w' lies in .*weights must lie in the same folder"):
+        save_structure(load_model(tmp_path / "model.onnx"), elsewhere / "model.onnx")
 
 
 def test_weights_go_on_in_another_file_where_one_would_become_too_large(tmp_path: Path) -> None:
