@@ -73,6 +73,8 @@ class Run:
         budget_stages.check_budget(self.config)
         with self.timed("open"):
             opened = stages.open_model(source, self.work, self.progress)
+            if self.target is not None:
+                self.target.check_source(opened.source, opened.model)
             formats = plan_sites(opened.census, self.config)
             tables = plan_embeddings(opened.census, self.config, formats)
             if self.config.budget is None:  # which chooses others

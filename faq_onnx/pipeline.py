@@ -226,6 +226,7 @@ def package(  # noqa: PLR0913 - one argument per option of the command
     fuse = fuse_attention and chosen.fuses_attention
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         resolved, model = stages.load_source(source, work, progress)
+        chosen.check_source(resolved, model)
         outline = outline_of_model(model, stages.source_bytes(resolved, model))
         package_stages.check_limits(chosen, outline)
         with progress.stage("save", 1, "models") as advance:

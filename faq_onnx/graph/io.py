@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -77,14 +78,23 @@ def load_model(path: Path) -> ir.Model:
     return model
 
 
-def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> int:
+def save_model(
+    model: ir.Model, path: Path, *, external_data: bool = False, piece_bytes: int | None = None
+) -> int:
     """Write a model, one tensor at a time; the same model always gives the same bytes.
 
     Weights go into the file, or into `<path>.data` when `external_data` is set or they come to
     INLINE_LIMIT_BYTES. At no time is more than one tensor in memory.
 
+    Args:
+        model: The model.
+        path: The .onnx file.
+        external_data: Weights beside it.
+        piece_bytes: Go on in `<path>.data.1` and so on where a data file would become larger; a
+            tensor is never divided.
+
     Returns:
-        Bytes written, data file included.
+        Bytes written, data files included.
 
     Raises:
         PackageError: `path` holds weights that the model still reads, or the disk refused.
@@ -96,7 +106,7 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool = False) -> i
     total = sum(slot.tensor.nbytes for slot in slots)
     try:
         if external_data or total >= INLINE_LIMIT_BYTES:
-            return _save_external(model, slots, path, data_path)
+            return _save_external(model, slots, path, piece_bytes or sys.maxsize)
         return _save_inline(model, slots, path)
     except OSError as error:
         raise PackageError(
@@ -155,8 +165,7 @@ def rest_bytes(model: ir.Model, without: Collection[str]) -> int:
     """What a file of the model holds besides some initializers: structure and other tensors."""
     slots = _detached(model)
     kept = sum(slot.tensor.nbytes for slot in slots if slot.name not in without)
-    places = [_Place(index, slot.tensor.nbytes) for index, slot in enumerate(slots)]
-    return kept + len(_skeleton(model, slots, INLINE_LOCATION, places))
+    return kept + len(_skeleton(model, slots, _inline_places(slots)))
 
 
 def release_weights(model: ir.Model) -> None:
@@ -303,15 +312,15 @@ def _refuse_own_source(slots: Sequence[TensorSlot], targets: Sequence[Path]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes are: offset in the data file (inline: number of the slot), length."""
+    """Where a tensor's bytes are: file, offset in it (inline: number of the slot), length."""
 
+    location: str
     offset: int
     length: int
 
 
 def _save_inline(model: ir.Model, slots: Sequence[TensorSlot], path: Path) -> int:
-    places = [_Place(index, slot.tensor.nbytes) for index, slot in enumerate(slots)]
-    skeleton = _skeleton(model, slots, INLINE_LOCATION, places)
+    skeleton = _skeleton(model, slots, _inline_places(slots))
     with path.open("wb") as file:
         for piece in attach_tensors(skeleton):
             if isinstance(piece, Payload):
@@ -321,18 +330,42 @@ def _save_inline(model: ir.Model, slots: Sequence[TensorSlot], path: Path) -> in
         return file.tell()
 
 
+def _inline_places(slots: Sequence[TensorSlot]) -> list[_Place]:
+    return [_Place(INLINE_LOCATION, at, slot.tensor.nbytes) for at, slot in enumerate(slots)]
+
+
 def _save_external(
-    model: ir.Model, slots: Sequence[TensorSlot], path: Path, data_path: Path
+    model: ir.Model, slots: Sequence[TensorSlot], path: Path, piece_bytes: int
 ) -> int:
     places = []
-    with data_path.open("wb") as file:
-        for slot in slots:
-            padding = -file.tell() % DATA_ALIGNMENT_BYTES
-            file.write(bytes(padding))
-            places.append(_Place(file.tell(), slot.tensor.nbytes))
-            _write_tensor(slot, file)
-        data_bytes = file.tell()
-    return path.write_bytes(_skeleton(model, slots, data_path.name, places)) + data_bytes
+    written = 0
+    for number, piece in enumerate(_pieces(slots, piece_bytes)):
+        data_path = path.with_name(f"{path.name}.data" + (f".{number}" if number else ""))
+        with data_path.open("wb") as file:
+            for slot in piece:
+                file.write(bytes(_padding(file.tell())))
+                places.append(_Place(data_path.name, file.tell(), slot.tensor.nbytes))
+                _write_tensor(slot, file)
+            written += file.tell()
+    return path.write_bytes(_skeleton(model, slots, places)) + written
+
+
+def _pieces(slots: Sequence[TensorSlot], piece_bytes: int) -> list[list[TensorSlot]]:
+    """Tensors of each data file, in order; one file at least."""
+    pieces: list[list[TensorSlot]] = [[]]
+    filled = 0
+    for slot in slots:
+        start = filled + _padding(filled)
+        if pieces[-1] and start + slot.tensor.nbytes > piece_bytes:
+            pieces.append([])
+            start = 0
+        pieces[-1].append(slot)
+        filled = start + slot.tensor.nbytes
+    return pieces
+
+
+def _padding(offset: int) -> int:
+    return -offset % DATA_ALIGNMENT_BYTES
 
 
 def _detached(model: ir.Model) -> list[TensorSlot]:
@@ -349,15 +382,13 @@ def _detached(model: ir.Model) -> list[TensorSlot]:
     ]
 
 
-def _skeleton(
-    model: ir.Model, slots: Sequence[TensorSlot], location: str, places: Sequence[_Place]
-) -> bytes:
+def _skeleton(model: ir.Model, slots: Sequence[TensorSlot], places: Sequence[_Place]) -> bytes:
     tensors = [slot.tensor for slot in slots]
     try:
         for slot, place in zip(slots, places, strict=True):
             tensor = slot.tensor
             slot.tensor = ir.ExternalTensor(
-                location,
+                place.location,
                 place.offset,
                 place.length,
                 tensor.dtype,

@@ -16,6 +16,7 @@ TARGETS: Mapping[str, str] = MappingProxyType(
         "genai": "onnxruntime-genai: chat and text generation on CPU and GPU",
         "ort-mobile": "ONNX Runtime Mobile: one .ort file for the CPU of a phone",
         "qnn": "onnxruntime on Qualcomm's NPU (Snapdragon), compiled ahead of time",
+        "web": "a static folder with a chat page: onnxruntime-web on WebGPU or WebAssembly",
     }
 )
 DEFAULT_TARGET = "genai"

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
+import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from faq_onnx.artifacts.source import SourceModel
@@ -72,6 +73,18 @@ class Target(abc.ABC):
     must_pass: ClassVar[bool] = True
 
     options: TargetOptions
+
+    def check_source(self, source: SourceModel, model: ir.Model) -> None:  # noqa: B027 - optional
+        """Refuse before the work what packaging would fail on at its end.
+
+        Args:
+            source: Its companions.
+            model: Its graph.
+
+        Raises:
+            PackageError: Something that the package needs is not here.
+            UnsupportedModelError: The target cannot run such a graph.
+        """
 
     def refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
         """What would not run there, known before the work."""

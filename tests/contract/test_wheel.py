@@ -33,4 +33,6 @@ def test_wheel_owns_one_top_level_name(tmp_path: Path) -> None:
     assert "faq_onnx/py.typed" in names
     for module in (ROOT / "passes").glob("*.py"):
         assert f"faq_onnx/passes/{module.name}" in names
+    for file in (ROOT / "faq_onnx" / "targets" / "web_page").iterdir():
+        assert f"faq_onnx/targets/web_page/{file.name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -389,3 +389,23 @@ def test_a_structure_away_from_its_weights_is_refused(tmp_path: Path) -> None:
     elsewhere.mkdir()
     with pytest.raises(PackageError, match=r"'w' lies in .*weights must lie in the same folder"):
         save_structure(load_model(tmp_path / "model.onnx"), elsewhere / "model.onnx")
+
+
+def test_weights_go_on_in_another_file_where_one_would_become_too_large(tmp_path: Path) -> None:
+    model = tiny_llama_onnx(TinyLlama())
+    path = tmp_path / "model.onnx"
+    limit = 100_000
+    written = save_model(model, path, external_data=True, piece_bytes=limit)
+    files = sorted(tmp_path.glob("model.onnx.data*"))
+    assert len(files) > 2
+    assert files[1].name == "model.onnx.data.1"
+    assert written == sum(file.stat().st_size for file in (path, *files))
+    loaded = load_model(path)
+    tensors = [value.const_value for value in loaded.graph.initializers.values()]
+    largest = max(tensor.nbytes for tensor in tensors if tensor is not None)
+    assert all(file.stat().st_size <= max(limit, largest) for file in files)
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        again = loaded.graph.initializers[name].const_value
+        assert again is not None
+        np.testing.assert_array_equal(again.numpy(), value.const_value.numpy())
