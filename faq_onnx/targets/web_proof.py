@@ -93,8 +93,8 @@ def prove_in_browser(folder: Path, reference: Reference, progress: Progress) -> 
     trials = []
     with progress.stage("try it in a browser", len(ways), "providers") as advance:
         for way in ways:
-            trial, browser_version = _try(folder, way, reference, program)
-            versions |= browser_version
+            trial, found = _try(folder, way, reference, program, float16=config.float16)
+            versions |= found
             trials.append(trial)
             advance(1)
     checks = tuple(
@@ -114,7 +114,7 @@ def prove_in_browser(folder: Path, reference: Reference, progress: Progress) -> 
 
 
 def _try(
-    folder: Path, way: str, reference: Reference, program: str
+    folder: Path, way: str, reference: Reference, program: str, *, float16: bool
 ) -> tuple[_Trial, dict[str, str]]:
     """One provider in a browser of its own; the version of that browser."""
     version: dict[str, str] = {}
@@ -124,10 +124,11 @@ def _try(
             version["browser"] = str(product)
             browser.open(f"{address}{PAGE_CONFIG}")  # same origin, and it loads nothing by itself
             provider, _, packed = way.partition(", ")
-            adapter = _adapter(browser) if provider == "webgpu" else ""
-            if adapter is None:
-                text = "not tried: this browser offers no WebGPU here"
-                return _Trial(way, problem=text, tried=False), version
+            adapter = ""
+            if provider == "webgpu":
+                adapter, why_not = _adapter(browser, float16=float16)
+                if why_not:
+                    return _Trial(way, problem=why_not, tried=False), version
             steps = max(len(reference.tokens), 1)
             script = page_script(provider, reference.prompt, steps, packed=bool(packed))
             events = browser.evaluate(script, _PATIENCE_S)
@@ -166,13 +167,19 @@ def page_script(  # noqa: PLR0913 - what can be asked of the worker
     return _SCRIPT % {name: json.dumps(word) for name, word in words.items()}
 
 
-def _adapter(browser: Browser) -> str | None:
-    """What WebGPU computes on; None without it."""
+def _adapter(browser: Browser, *, float16: bool) -> tuple[str, str]:
+    """What WebGPU computes on, or why the page would not take it."""
     found = browser.evaluate(
-        "navigator.gpu ? navigator.gpu.requestAdapter().then((a) => a && (a.info.description || "
-        "[a.info.vendor, a.info.architecture].join(' '))) : null"
+        "navigator.gpu ? navigator.gpu.requestAdapter().then((a) => a && {half: "
+        "a.features.has('shader-f16'), name: a.info.description || "
+        "[a.info.vendor, a.info.architecture].join(' ')}) : null"
     )
-    return None if found is None else str(found)
+    if found is None:
+        return "", "not tried: this browser offers no WebGPU here"
+    name = str(found["name"])
+    if float16 and not found["half"]:
+        return name, f"not tried: {name} has no float16 (shader-f16); the page takes wasm there"
+    return name, ""
 
 
 def _judge(trial: _Trial, reference: Reference) -> tuple[bool | None, str]:
