@@ -42,6 +42,7 @@ from faq_onnx.passes import (
     LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
+    QuantizeCachePass,
     QuantizeEmbeddingPass,
     StaticShapesPass,
     run_passes,
@@ -50,6 +51,7 @@ from faq_onnx.passes import (
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.quant.formats import block_format, check_embedding_format, check_format
 from faq_onnx.quant.uniform import quantize_rtn
+from faq_onnx.runtime.feeds import cache_position
 
 __all__ = ["PassBuilder", "optimize"]
 
@@ -109,6 +111,8 @@ class PassBuilder:
                 return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
+            case spec.QuantizeCache():
+                return _quantize_cache(self._model, wish.scale)
             case spec.QuantizeEmbedding():
                 return self._quantize_embedding(wish)
             case spec.StaticShapes():
@@ -242,6 +246,25 @@ def _parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
             raise ConfigError(f"static-shapes: found {word!r}; allowed NAME:SIZExSIZE...")
         found[name] = tuple(map(int, numbers))
     return found
+
+
+def _quantize_cache(model: ir.Model, scale: float) -> QuantizeCachePass:
+    """One scale for every channel of every cache.
+
+    Raises:
+        ConfigError: for a scale that is not positive.
+    """
+    if scale <= 0:
+        raise ConfigError(f"quantize-cache: found scale={scale:g}; allowed a number > 0")
+    scales = {}
+    for value in model.graph.outputs:
+        shape = None if cache_position(value.name or "") is None else value.shape
+        if shape is None or len(shape) != 4:
+            continue
+        heads, width = shape[1], shape[3]
+        if isinstance(heads, int) and isinstance(width, int):
+            scales[str(value.name)] = np.full(heads * width, scale, np.float32)
+    return QuantizeCachePass(scales)
 
 
 def _shared_plan(site: EmbeddingSite) -> EmbeddingPlan:

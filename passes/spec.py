@@ -25,6 +25,7 @@ __all__ = [
     "LiftMatMulNBits",
     "MatMulToNBits",
     "PassSpec",
+    "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
     "StaticShapes",
@@ -97,6 +98,14 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeCache(PassSpec):
+    """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
+
+    name = "quantize-cache"
+    scale: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeEmbedding(PassSpec):
     """Round embeddings to nearest, or let them share the table of a low-bit head."""
 
@@ -140,6 +149,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,
             StaticShapes,

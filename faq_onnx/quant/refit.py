@@ -108,7 +108,7 @@ def _refit_rows(
         curvature = gram[channels, channels] @ levels
         curvature *= levels
         step = _storable_step(scale[block], pull, curvature.sum(axis=0), store)
-        scale[block] += step
+        scale[block] = store(scale[block] + step)  # a sum may miss it by a rounding
         levels *= step
         errors[channels] += levels
     return np.ascontiguousarray(scale.T)

@@ -46,7 +46,7 @@ def test_all_wrong_keys_are_listed_at_once(tmp_path: Path) -> None:
         load_recipe(path)
     assert str(caught.value).splitlines() == [
         f"recipe {path}: 5 problems",
-        "  - block_size: found 48; allowed 16, 32, 64, 128 or 256",
+        "  - block_size: found 48; allowed 16, 32, 64, 128 or 256 (nearest: 32)",
         "  - faq.fusion: found 2; allowed a number <= 1.0",
         "  - faq.windw: unknown key; did you mean faq.window?",
         "  - bit: unknown key; did you mean bits?",
