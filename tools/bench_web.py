@@ -1,6 +1,8 @@
 """Speed of web packages in a headless Chromium, on each provider.
 
-python tools/bench_web.py out-web/ --runs-on wasm:1 wasm:2 webgpu --prompt 32 --new 16
+python tools/bench_web.py out-web/ --runs-on wasm:1 wasm:2 packed:1 webgpu --prompt 32 --new 16
+
+packed: WebAssembly that unpacks low-bit weights at every token, as onnxruntime-web does by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ def measure(folder: Path, provider: str, threads: int, prompt: int, new: int) ->
     with serve_folder(folder) as address, open_browser(program) as browser:
         browser.open(f"{address}{PAGE_CONFIG}")
         script = page_script(
-            provider, ids, new, threads=threads, seconds=PATIENCE_S, pieces=prompt
+            provider.replace("packed", "wasm"),
+            ids,
+            new,
+            threads=threads,
+            packed=provider == "packed",
+            seconds=PATIENCE_S,
+            pieces=prompt,
         )
         events = browser.evaluate(script, PATIENCE_S)
     if "failed" in events:

@@ -39,6 +39,7 @@ from faq_onnx.targets.web_model import (
     text_facts,
 )
 from faq_onnx.targets.web_proof import prove_in_browser
+from faq_onnx.targets.web_unpack import UNPACKED_GRAPH, write_unpacked_graph
 
 __all__ = ["TARGET", "WebOptions", "WebTarget"]
 
@@ -116,6 +117,7 @@ class WebTarget(Target):
         facts = describe_decoder(model, job.source.given)
         libraries.copy_to(job.folder / LIBRARY_FOLDER)
         divided = _divide(model, job.folder, job.work, self.options.piece_mb * 1_000_000)
+        unpacked = write_unpacked_graph(job.folder / _MODEL)
         files = (*divided, *_other_files(job.folder))
         context, ends, template = text_facts(job.folder)
         config = PageConfig(
@@ -132,6 +134,8 @@ class WebTarget(Target):
             float16=facts.float16,
             largest=facts.largest,
             libraries=dict(libraries.versions),
+            unpacked_graph=UNPACKED_GRAPH if unpacked else "",
+            unpacked=unpacked,
         )
         config.save(job.folder / PAGE_CONFIG)
         shutil.copytree(_PAGE, job.folder, dirs_exist_ok=True)
@@ -173,6 +177,7 @@ def _divide(model: ir.Model, folder: Path, work: Path, piece_bytes: int) -> tupl
 def _other_files(folder: Path) -> tuple[PageFile, ...]:
     """Tokenizer and runtime."""
     wanted = {"tokenizer.json": "", "tokenizer_config.json": ""}
+    wanted[UNPACKED_GRAPH] = "wasm"
     wanted |= {f"{LIBRARY_FOLDER}/{name}": provider for provider, name in BINARIES.items()}
     return tuple(
         PageFile(file=name, bytes=(folder / name).stat().st_size, provider=provider)

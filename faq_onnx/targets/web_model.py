@@ -15,6 +15,7 @@ from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.errors import PackageError, UnsupportedModelError
 from faq_onnx.runtime.feeds import CacheSlot, InputKind, cache_position, describe_inputs
+from faq_onnx.targets.web_unpack import PackedWeight
 
 __all__ = [
     "PAGE_CONFIG",
@@ -78,6 +79,8 @@ class PageConfig(Record):
         float16: It computes in float16, which not every graphics processor does.
         largest: Bytes of the largest tensor.
         libraries: Versions, by npm package.
+        unpacked_graph: What WebAssembly runs on unpacked weights; "" without.
+        unpacked: How to make these.
     """
 
     name: str
@@ -93,6 +96,8 @@ class PageConfig(Record):
     float16: bool
     largest: int
     libraries: dict[str, str]
+    unpacked_graph: str = ""
+    unpacked: tuple[PackedWeight, ...] = ()
 
     def download_bytes(self, provider: str) -> int:
         """What a browser that computes there downloads."""

@@ -23,7 +23,8 @@ from faq_onnx.targets.web_model import PAGE_CONFIG, PageConfig
 __all__ = ["page_script", "prove_in_browser"]
 
 _LOGGER = logging.getLogger(__name__)
-_PROVIDERS = ("wasm", "webgpu")
+# Ways to run it; packed: WebAssembly computes with low-bit weights, too.
+_PROVIDERS = ("wasm", "wasm, packed", "webgpu")
 _NO_BROWSER = "not tried: no Chromium or Chrome on PATH or in CHROME_PATH"
 # A processor that plays a graphics processor needs a minute a token for a model of 100 MB.
 _TIME_LIMIT_S = 120
@@ -31,7 +32,7 @@ _PATIENCE_S = 900.0
 _PIECE = 5  # tokens of the prompt at once: the others are read behind a filled cache
 # WebAssembly computes low-bit products in float32; WebGPU takes int8 activations where
 # accuracy_level is 4, which moved the logits of a 4-bit SmolLM2 by 4e-2 of their size natively.
-_ROUNDING: Mapping[str, float] = MappingProxyType({"wasm": FLOAT_ROUNDING, "webgpu": 4e-2})
+_ROUNDING: Mapping[str, float] = MappingProxyType({"webgpu": 4e-2})
 _SAMPLE = "Hello, world!\n\n  Zwölf Boxkämpfer jagen 日本語 über 1234 (a_b) 🙂 don't\tstop"
 
 # The page's worker, told what to do; the promise is its last event.
@@ -59,14 +60,14 @@ class _Trial:
     """What one provider did.
 
     Attributes:
-        provider: wasm or webgpu.
+        way: One of `_PROVIDERS`.
         events: Of the worker, by name.
         adapter: What WebGPU computes on.
         problem: Why there are no events.
         tried: False: the browser has no such provider.
     """
 
-    provider: str
+    way: str
     events: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: str = ""
     problem: str = ""
@@ -84,15 +85,16 @@ def prove_in_browser(folder: Path, reference: Reference, progress: Progress) -> 
     config = PageConfig.load(folder / PAGE_CONFIG)
     versions = installed_versions("onnxruntime", "tokenizers") | config.libraries
     program = find_browser()
-    names = [*(f"greedy tokens, {provider}" for provider in _PROVIDERS), "tokenizer"]
+    ways = [way for way in _PROVIDERS if config.unpacked or "packed" not in way]
+    names = [*(f"greedy tokens, {way}" for way in ways), "tokenizer"]
     if program is None:
         checks = tuple(ProofCheck(name=name, passed=None, value=_NO_BROWSER) for name in names)
         return TargetProof(target="web", checks=checks, versions=versions)
     trials = []
-    with progress.stage("try it in a browser", len(_PROVIDERS), "providers") as advance:
-        for provider in _PROVIDERS:
-            trial, browser_version = _try(folder, provider, reference, program)
-            versions |= browser_version
+    with progress.stage("try it in a browser", len(ways), "providers") as advance:
+        for way in ways:
+            trial, found = _try(folder, way, reference, program, float16=config.float16)
+            versions |= found
             trials.append(trial)
             advance(1)
     checks = tuple(
@@ -112,7 +114,7 @@ def prove_in_browser(folder: Path, reference: Reference, progress: Progress) -> 
 
 
 def _try(
-    folder: Path, provider: str, reference: Reference, program: str
+    folder: Path, way: str, reference: Reference, program: str, *, float16: bool
 ) -> tuple[_Trial, dict[str, str]]:
     """One provider in a browser of its own; the version of that browser."""
     version: dict[str, str] = {}
@@ -121,16 +123,18 @@ def _try(
             product = browser.call("Browser.getVersion")["product"]
             version["browser"] = str(product)
             browser.open(f"{address}{PAGE_CONFIG}")  # same origin, and it loads nothing by itself
-            adapter = _adapter(browser) if provider == "webgpu" else ""
-            if adapter is None:
-                text = "not tried: this browser offers no WebGPU here"
-                return _Trial(provider, problem=text, tried=False), version
+            provider, _, packed = way.partition(", ")
+            adapter = ""
+            if provider == "webgpu":
+                adapter, why_not = _adapter(browser, float16=float16)
+                if why_not:
+                    return _Trial(way, problem=why_not, tried=False), version
             steps = max(len(reference.tokens), 1)
-            script = page_script(provider, reference.prompt, steps)
+            script = page_script(provider, reference.prompt, steps, packed=bool(packed))
             events = browser.evaluate(script, _PATIENCE_S)
-            return _Trial(provider, events, adapter), version
+            return _Trial(way, events, adapter), version
     except (PackageError, OSError) as error:
-        return _Trial(provider, problem=str(error)), version
+        return _Trial(way, problem=str(error)), version
 
 
 def page_script(  # noqa: PLR0913 - what can be asked of the worker
@@ -139,6 +143,7 @@ def page_script(  # noqa: PLR0913 - what can be asked of the worker
     steps: int,
     *,
     threads: int = 1,
+    packed: bool = False,
     seconds: float = _TIME_LIMIT_S,
     pieces: int = _PIECE,
 ) -> str:
@@ -149,25 +154,32 @@ def page_script(  # noqa: PLR0913 - what can be asked of the worker
         ids: The prompt.
         steps: Most tokens.
         threads: Of WebAssembly.
+        packed: WebAssembly computes with low-bit weights, too.
         seconds: After them no further token is begun.
         pieces: Tokens of the prompt that are read at once.
     """
     prove = {"ids": list(ids), "steps": steps, "pieces": pieces, "seconds": seconds}
     words = {
-        "load": {"command": "load", "provider": provider, "threads": threads},
+        "load": {"command": "load", "provider": provider, "threads": threads, "packed": packed},
         "prove": {"command": "prove", **prove},
         "encode": {"command": "encode", "text": _SAMPLE},
     }
     return _SCRIPT % {name: json.dumps(word) for name, word in words.items()}
 
 
-def _adapter(browser: Browser) -> str | None:
-    """What WebGPU computes on; None without it."""
+def _adapter(browser: Browser, *, float16: bool) -> tuple[str, str]:
+    """What WebGPU computes on, or why the page would not take it."""
     found = browser.evaluate(
-        "navigator.gpu ? navigator.gpu.requestAdapter().then((a) => a && (a.info.description || "
-        "[a.info.vendor, a.info.architecture].join(' '))) : null"
+        "navigator.gpu ? navigator.gpu.requestAdapter().then((a) => a && {half: "
+        "a.features.has('shader-f16'), name: a.info.description || "
+        "[a.info.vendor, a.info.architecture].join(' ')}) : null"
     )
-    return None if found is None else str(found)
+    if found is None:
+        return "", "not tried: this browser offers no WebGPU here"
+    name = str(found["name"])
+    if float16 and not found["half"]:
+        return name, f"not tried: {name} has no float16 (shader-f16); the page takes wasm there"
+    return name, ""
 
 
 def _judge(trial: _Trial, reference: Reference) -> tuple[bool | None, str]:
@@ -179,7 +191,7 @@ def _judge(trial: _Trial, reference: Reference) -> tuple[bool | None, str]:
     if reference.problem:
         return None, f"nothing to compare with: {reference.problem}"
     tokens = [int(token) for token in trial.events["proof"]["tokens"]]
-    agreement = token_agreement(reference, tokens, _ROUNDING[trial.provider])
+    agreement = token_agreement(reference, tokens, _ROUNDING.get(trial.way, FLOAT_ROUNDING))
     text = agreement.text
     if len(tokens) < len(reference.tokens):
         text += f", no more in {_TIME_LIMIT_S} s"
@@ -206,7 +218,7 @@ def _figures(trials: Sequence[_Trial], versions: Mapping[str, str]) -> tuple[Fac
         steps = len(proof["tokens"]) - 1
         rows.append(
             (
-                trial.provider,
+                trial.way,
                 trial.adapter or "1 thread",
                 round(ready["seconds"], 1),
                 round(proof["readTokens"] / max(proof["readSeconds"], 1e-6), 2),

@@ -174,8 +174,9 @@ def test_tokens_in_both_providers_equal_native(
     done = cli.quick("convert", source, "-o", out, *options, *words)
     assert done.code == 0, done.err
     proof = PackageManifest.load(out / "package.json").proof
-    names = ["greedy tokens, wasm", "greedy tokens, webgpu", "tokenizer"]
-    assert [(check.name, check.passed) for check in proof.checks] == [(n, True) for n in names]
+    names = ["greedy tokens, wasm", "greedy tokens, wasm, packed", "greedy tokens, webgpu"]
+    wanted = [(name, True) for name in (*names, "tokenizer")]
+    assert [(check.name, check.passed) for check in proof.checks] == wanted
     assert "onnxruntime-web" in proof.versions
     assert proof.versions["browser"].startswith(("Chrome/", "HeadlessChrome/"))
 

@@ -139,14 +139,17 @@ function stopWorker() {
   worker = null;
 }
 
+/** {provider, packed} as chosen in the settings. */
 function chosenProvider() {
   const chosen = $("provider").value;
-  return chosen === "auto" ? (abilities.webgpu.reason ? "wasm" : "webgpu") : chosen;
+  if (chosen === "auto" && !abilities.webgpu.reason) return { provider: "webgpu", packed: false };
+  const packed = chosen === "packed" || (chosen === "auto" && !abilities.roomy);
+  return { provider: chosen === "webgpu" ? "webgpu" : "wasm", packed };
 }
 
 /** Say on the button what it will cost. */
 async function labelStart() {
-  const provider = chosenProvider();
+  const { provider } = chosenProvider();
   const bytes = filesFor(config, provider).reduce((sum, file) => sum + file.bytes, 0);
   const stored = await isStored(config, provider);
   $("load").textContent = stored ? "Start" : `Download and start (${megabytes(bytes)})`;
@@ -154,7 +157,7 @@ async function labelStart() {
 }
 
 function load() {
-  const provider = chosenProvider();
+  const { provider, packed } = chosenProvider();
   for (const id of ["welcome", "problem"]) show(id, false);
   show("loading", true);
   document.body.dataset.state = "loading";
@@ -167,7 +170,7 @@ function load() {
   };
   const wish = Number(query.get("threads")) || abilities.threads;
   const threads = globalThis.crossOriginIsolated ? wish : 1;
-  worker.postMessage({ command: "load", provider, threads });
+  worker.postMessage({ command: "load", provider, threads, packed });
 }
 
 function send() {
@@ -237,6 +240,11 @@ function offerProviders() {
   $("provider").replaceChildren(
     ...choices.map(([value, text, disabled]) => Object.assign(document.createElement("option"), { value, text, disabled })),
   );
+  if (config.unpacked.length) {
+    const text = "Processor, less memory and slower";
+    $("provider").append(Object.assign(document.createElement("option"), { value: "packed", text }));
+    choices.push(["packed", text, false]);
+  }
   const wish = query.get("provider");
   if (choices.some(([value, , disabled]) => value === wish && !disabled)) $("provider").value = wish;
   if (!reason) return;

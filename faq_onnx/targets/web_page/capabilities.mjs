@@ -26,9 +26,15 @@ async function checkWebGpu(config) {
   return { reason: "", adapter: description || [vendor, architecture].filter(Boolean).join(" ") };
 }
 
-/** {webgpu: {reason, adapter}, threads}: threads for WebAssembly, 1 where the page is not isolated. */
+/** Whether weights may be unpacked: three times their floats are needed for a moment. */
+function hasRoom({ unpacked }) {
+  const floats = unpacked.reduce((sum, { rows, width }) => sum + 4 * rows * width, 0);
+  return 3 * floats <= ((navigator.deviceMemory ?? 4) * 2 ** 30) / 2;
+}
+
+/** {webgpu: {reason, adapter}, threads, roomy}: threads for WebAssembly, 1 where the page is not isolated. */
 export async function findCapabilities(config) {
   const cores = navigator.hardwareConcurrency || 1;
   const threads = globalThis.crossOriginIsolated ? Math.max(1, Math.min(8, Math.floor(cores / 2) || 1)) : 1;
-  return { webgpu: await checkWebGpu(config), threads };
+  return { webgpu: await checkWebGpu(config), threads, roomy: hasRoom(config) };
 }

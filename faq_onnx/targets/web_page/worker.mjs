@@ -4,6 +4,7 @@ import { Decoder, draw } from "./decoder.mjs";
 import { fetchFiles } from "./download.mjs";
 import { countMemory } from "./memory.mjs";
 import { TextCodec } from "./text.mjs";
+import { unpack } from "./unpack.mjs";
 
 const memory = countMemory(); // before onnxruntime-web allocates anything
 const PREFILL = 128; // tokens read at once: between two of them progress is told and a stop is heard
@@ -28,7 +29,21 @@ const breathe = () =>
     port2.postMessage(0);
   });
 
-async function load({ provider, threads }) {
+/** Graph and weights of a session; unpacked: more memory, fewer steps. */
+function chooseGraph(files, unpacked) {
+  const externalData = config.data.map((path) => ({ path, data: files[path] }));
+  if (!unpacked) return { graph: files[config.model], externalData };
+  for (const weight of config.unpacked) {
+    externalData.push({ path: weight.file, data: new Uint8Array(unpack(weight, files).buffer) });
+  }
+  return { graph: files[config.unpacked_graph], externalData };
+}
+
+/**
+ * provider: webgpu or wasm; threads: of WebAssembly;
+ * packed: keep low-bit weights as they are, even where WebAssembly is faster without.
+ */
+async function load({ provider, threads, packed }) {
   const response = await fetch(new URL("model.json", import.meta.url));
   if (!response.ok) throw new Error(`model.json: the server answered ${response.status}`);
   config = await response.json();
@@ -42,15 +57,17 @@ async function load({ provider, threads }) {
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   const where = provider === "webgpu" ? "gpu-buffer" : "cpu";
-  const session = await ort.InferenceSession.create(files[config.model], {
+  const unpacked = provider === "wasm" && !packed && config.unpacked.length > 0;
+  const { graph, externalData } = chooseGraph(files, unpacked);
+  const session = await ort.InferenceSession.create(graph, {
     executionProviders: [provider],
-    externalData: config.data.map((path) => ({ path, data: files[path] })),
+    externalData,
     preferredOutputLocation: Object.fromEntries(config.cache.map(({ present }) => [present, where])),
   });
   decoder = new Decoder(ort, session, config);
   const parse = (name) => (files[name] ? JSON.parse(new TextDecoder().decode(files[name])) : {});
   codec = new TextCodec(parse("tokenizer.json"), parse("tokenizer_config.json"), config);
-  tell("ready", { provider, threads, seconds: (performance.now() - start) / 1000, memory: memory() });
+  tell("ready", { provider, threads, unpacked, seconds: (performance.now() - start) / 1000, memory: memory() });
 }
 
 /** Read a prompt in pieces; logits behind it, or null where it was stopped. */
