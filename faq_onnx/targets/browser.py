@@ -47,14 +47,9 @@ _OPTIONS = (
     "--disable-dev-shm-usage",
     "--mute-audio",
 )
-# WebGPU where there is no GPU: SwiftShader computes on the processor.
-_SOFTWARE_GPU = (
-    "--enable-unsafe-webgpu",
-    "--use-webgpu-adapter=swiftshader",
-    "--enable-features=Vulkan",
-    "--use-vulkan=swiftshader",
-    "--ignore-gpu-blocklist",
-)
+# WebGPU on the graphics processor, also on Linux, where Chromium has it off by default; without
+# one it takes SwiftShader, which computes on the processor.
+_WEBGPU = ("--enable-unsafe-webgpu", "--enable-features=Vulkan", "--ignore-gpu-blocklist")
 _ISOLATION: Mapping[str, str] = MappingProxyType(
     {
         "Cross-Origin-Opener-Policy": "same-origin",
@@ -186,7 +181,7 @@ def open_browser(
 
     Args:
         program: What `find_browser` found.
-        webgpu: Offer WebGPU, computed on the processor.
+        webgpu: Offer WebGPU, on the processor where there is no graphics processor.
         more: Further command line options.
 
     Raises:
@@ -198,7 +193,7 @@ def open_browser(
         read_in, write_in = os.pipe()
         read_out, write_out = os.pipe()
         root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
-        gpu = _SOFTWARE_GPU if webgpu else ("--disable-gpu", "--disable-features=WebGPU")
+        gpu = _WEBGPU if webgpu else ("--disable-gpu", "--disable-features=WebGPU")
         words = (program, *_OPTIONS, *root, *gpu, f"--user-data-dir={home}", *more, "about:blank")
         started = subprocess.Popen(  # noqa: S603 - a browser that the user has, no shell
             [sys.executable, "-c", _TRAMPOLINE, str(read_in), str(write_out), *words],

@@ -26,10 +26,15 @@ async function checkWebGpu(config) {
   return { reason: "", adapter: description || [vendor, architecture].filter(Boolean).join(" ") };
 }
 
-/** Whether weights may be unpacked: three times their floats are needed for a moment. */
+/**
+ * Whether weights may be unpacked: three times their floats are needed for a moment.
+ * Phones end a page that takes too much, without an error that it could catch.
+ */
 function hasRoom({ unpacked }) {
   const floats = unpacked.reduce((sum, { rows, width }) => sum + 4 * rows * width, 0);
-  return 3 * floats <= ((navigator.deviceMemory ?? 4) * 2 ** 30) / 2;
+  const mobile = navigator.userAgentData?.mobile ?? /Mobi/.test(navigator.userAgent);
+  const share = mobile ? 1 / 8 : 1 / 2;
+  return 3 * floats <= (navigator.deviceMemory ?? 4) * 2 ** 30 * share;
 }
 
 /** {webgpu: {reason, adapter}, threads, roomy}: threads for WebAssembly, 1 where the page is not isolated. */
