@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,12 @@ class Cli:
         """A command that takes settings, with little calibration; `words` win."""
         calibration = ("--calibration", self.text)
         return self.run(command, source, *QUICK, *calibration, "--quiet", *words)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_children() -> None:
+    """Shells start background jobs with SIGINT ignored, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
