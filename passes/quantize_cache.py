@@ -1,6 +1,6 @@
 """The cache of com.microsoft.GroupQueryAttention in int8.
 
-No numerics here: the scales arrive finished, see `faq_onnx.targets.kv_cache`.
+No numerics here: the scales arrive finished, see `faq_onnx.quant.cache_scales`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
 """An int8 cache for keys and values: how large they become, and what rounding them costs.
 
-A channel's scale is the largest value that it took in text by the model itself, over 127. Keys are
-rotated before they are cached: of a pair (c, c + head_dim / 2) the length stays and the direction
-follows the position, so both channels get the largest length of the pair, which holds at every
-position.
+Scales are those of `faq_onnx.quant.cache_scales`, from text that the model writes itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +15,22 @@ import onnx_ir as ir
 from faq_onnx.artifacts.target import FactTable
 from faq_onnx.errors import PackageError
 from faq_onnx.graph.exact import exact_twin
-from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.graph.io import load_model
 from faq_onnx.passes import QuantizeCachePass, run_passes
 from faq_onnx.progress import Progress
+from faq_onnx.quant.cache_scales import CacheRange
 from faq_onnx.quant.divergence import ShiftedLogits
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
 from faq_onnx.runtime.generate import sample_tokens
 from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.targets.package import replace_model
 
 __all__ = ["quantize_cache"]
 
 TEXTS = 8
 TEXT_TOKENS = 256
 HELD_OUT = 2  # texts that no scale has seen
-MARGIN = 1.05  # what other text may go beyond
-LARGEST_CODE = 127
 _LOGITS = "logits"
-
-Scales = dict[str, npt.NDArray[np.float32]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """What the model made of some texts: largest values by cache output, and logits [T, V]."""
-
-    largest: Mapping[str, npt.NDArray[np.float32]]
-    logits: tuple[npt.NDArray[np.float32], ...]
 
 
 def quantize_cache(
@@ -77,15 +62,15 @@ def quantize_cache(
         del session
         known, held_out = texts[HELD_OUT:], texts[:HELD_OUT]
         rotated = _rotated(model)
-        seen = _read(path, known)
         scales = {
-            name: _scale(largest, rotated=name in rotated)
-            for name, largest in seen.largest.items()
+            name: found.scales(rotated=name in rotated)
+            for name, found in _ranges(path, known).items()
         }
         run_passes(model, [QuantizeCachePass(scales)])
-    before = _read(path, held_out)
-    size = _replace(model, path, work)
-    after = _read(path, held_out)
+    before = [outputs[_LOGITS][0] for outputs in _read(path, held_out)]
+    external = path.with_name(f"{path.name}.data").is_file()
+    size = replace_model(model, path, work, external_data=external)
+    after = [outputs[_LOGITS][0] for outputs in _read(path, held_out)]
     return size, _costs(before, after, scales)
 
 
@@ -136,54 +121,34 @@ def _positions(model: ir.Model) -> int:
     return min(sizes, default=TEXT_TOKENS)
 
 
-def _read(path: Path, texts: npt.NDArray[np.int64]) -> _Seen:
-    """Read texts [B, S], one after the other, with low-bit products in float32."""
-    largest: dict[str, npt.NDArray[np.float32]] = {}
-    logits = []
+def _read(
+    path: Path, texts: npt.NDArray[np.int64]
+) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+    """Outputs for each of the texts [B, S], low-bit products in float32."""
     with exact_twin(path) as exact:
         session = open_session(exact)
         for row in texts:
-            outputs = run_session(session, decoder_feeds(session.get_inputs(), row[np.newaxis]))
-            logits.append(outputs[_LOGITS][0].astype(np.float32))
-            for name, array in outputs.items():
-                if cache_position(name) is not None:
-                    found = np.square(array[0].astype(np.float32)).max(axis=1)
-                    pairs = _pairs(array[0]) if array.dtype != np.int8 else found
-                    kept = largest.get(name, np.zeros((2, *found.shape), np.float32))
-                    largest[name] = np.maximum(kept, np.stack([found, pairs]))
-    return _Seen(largest, tuple(logits))
+            yield run_session(session, decoder_feeds(session.get_inputs(), row[np.newaxis]))
 
 
-def _pairs(heads: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """Largest squared length of each rotary pair of [heads, T, d], for both: [heads, d]."""
-    squares = np.square(heads.astype(np.float32))
-    half = squares.shape[2] // 2
-    lengths = (squares[:, :, :half] + squares[:, :, half:]).max(axis=1)
-    return np.concatenate([lengths, lengths], axis=1)
+def _ranges(path: Path, texts: npt.NDArray[np.int64]) -> dict[str, CacheRange]:
+    """By name of the cache output."""
+    ranges: dict[str, CacheRange] = {}
+    for outputs in _read(path, texts):
+        for name, array in outputs.items():
+            if cache_position(name) is not None:
+                found = CacheRange.of(array[0])
+                ranges[name] = found.join(ranges.get(name, found))
+    return ranges
 
 
-def _scale(largest: npt.NDArray[np.float32], *, rotated: bool) -> npt.NDArray[np.float32]:
-    """Scales [heads * d] from squares [2, heads, d]: of channels, and of pairs."""
-    sizes = np.sqrt(largest[int(rotated)]).reshape(-1)
-    floor = np.finfo(np.float32).tiny
-    scale: npt.NDArray[np.float32] = np.maximum(sizes * (MARGIN / LARGEST_CODE), floor)
-    return scale.astype(np.float32)
-
-
-def _replace(model: ir.Model, path: Path, work: Path) -> int:
-    """Write the model in the place of its source; returns its bytes."""
-    folder = work / "int8-cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    external = (path.parent / f"{path.name}.data").is_file()
-    size = save_model(model, folder / path.name, external_data=external)
-    for file in folder.iterdir():
-        shutil.move(file, path.parent / file.name)
-    return size
-
-
-def _costs(before: _Seen, after: _Seen, scales: Scales) -> FactTable:
+def _costs(
+    before: Sequence[npt.NDArray[np.floating]],
+    after: Sequence[npt.NDArray[np.floating]],
+    scales: Mapping[str, npt.NDArray[np.float32]],
+) -> FactTable:
     kl, same, count = 0.0, 0, 0
-    for one, other in zip(before.logits, after.logits, strict=True):
+    for one, other in zip(before, after, strict=True):
         p, q = (
             ShiftedLogits.of(logits, whose="the logits", way_out="leave kv_cache=float")
             for logits in (one, other)

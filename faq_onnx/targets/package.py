@@ -16,8 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import onnx_ir as ir
+
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.errors import PackageError
+from faq_onnx.graph.io import save_model
 from faq_onnx.targets.tokenizer import mend_tokenizer
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "check_free_space",
     "copy_companions",
     "name_full_disk",
+    "replace_model",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -200,6 +204,26 @@ def copy_companions(source: SourceModel, folder: Path) -> tuple[str, ...]:
     mend_tokenizer(folder)
     _LOGGER.debug("copied %s", ", ".join(copied) or "no companions")
     return tuple(copied)
+
+
+def replace_model(model: ir.Model, path: Path, work: Path, *, external_data: bool) -> int:
+    """Write a model in the place of the one that it was made of, and still reads.
+
+    Args:
+        model: What to write.
+        path: The .onnx file.
+        work: For the new files, until they are complete.
+        external_data: Weights beside it even below 1 GB.
+
+    Returns:
+        Bytes written.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        size = save_model(model, Path(folder) / path.name, external_data=external_data)
+        for file in Path(folder).iterdir():
+            shutil.move(file, path.parent / file.name)
+    return size
 
 
 def _umask() -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import onnx_ir as ir
 
 from faq_onnx.errors import UnsupportedModelError
-from faq_onnx.graph.io import load_model, save_model, save_structure
+from faq_onnx.graph.io import load_model, save_structure
 from faq_onnx.passes import FuseNormsPass, LiftMatMulNBitsPass, StaticShapesPass, run_passes
 from faq_onnx.runtime.feeds import InputKind, cache_position
+from faq_onnx.targets.package import replace_model
 
 __all__ = ["DECODE", "PREFILL", "Lengths", "write_graphs"]
 
@@ -50,11 +50,7 @@ def write_graphs(folder: Path, work: Path, lengths: Lengths) -> dict[str, Path]:
     """
     path = folder / MODEL_NAME
     if not path.with_name(f"{MODEL_NAME}.data").is_file():
-        moved = work / "external"
-        moved.mkdir(parents=True, exist_ok=True)
-        save_model(load_model(path), moved / MODEL_NAME, external_data=True)
-        for each in moved.iterdir():
-            shutil.move(each, folder / each.name)
+        replace_model(load_model(path), path, work, external_data=True)
     found = {}
     for name in (PREFILL, DECODE):
         model = load_model(path)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faq_onnx.targets.kv_cache import LARGEST_CODE, _pairs, _scale
+from faq_onnx.quant.cache_scales import LARGEST_CODE, MARGIN, CacheRange
 
 HEADS, WIDTH = 2, 8
 
@@ -29,15 +29,14 @@ def rotate(
 def test_keys_fit_wherever_the_text_is(seed: int, offset: int) -> None:
     keys = np.random.default_rng(seed).normal(size=(HEADS, 16, WIDTH)).astype(np.float32)
     seen = rotate(keys, np.arange(16))
-    largest = np.stack([np.square(seen).max(axis=1), _pairs(seen)])
-    scale = _scale(largest, rotated=True).reshape(HEADS, 1, WIDTH)
+    scale = CacheRange.of(seen).scales(rotated=True).reshape(HEADS, 1, WIDTH)
     later = rotate(keys, np.arange(16) + offset)
     assert (np.abs(later) <= LARGEST_CODE * scale).all()
 
 
-def test_values_have_the_scale_of_their_channel() -> None:
+def test_values_have_the_scale_of_their_channel_over_all_texts() -> None:
     values = np.random.default_rng(0).normal(size=(HEADS, 16, WIDTH)).astype(np.float32)
-    squares = np.stack([np.square(values).max(axis=1), _pairs(values)])
-    scale = _scale(squares, rotated=False)
+    one, other = CacheRange.of(values[:, :9]), CacheRange.of(values[:, 9:])
+    scale = one.join(other).scales(rotated=False)
     largest = np.abs(values).max(axis=1).reshape(-1)
-    np.testing.assert_allclose(scale * LARGEST_CODE, 1.05 * largest, rtol=1e-5)
+    np.testing.assert_allclose(scale * LARGEST_CODE, MARGIN * largest, rtol=1e-5)
