@@ -42,6 +42,8 @@ from faq_onnx.passes import (
     LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
+    ProductSteps,
+    QuantizeActivationsPass,
     QuantizeCachePass,
     QuantizeEmbeddingPass,
     StaticShapesPass,
@@ -96,7 +98,7 @@ class PassBuilder:
         """Taken when the first pass needs it; passes keep the names that it goes by."""
         return take_census(self._model, self._config)
 
-    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911  one a pass
+    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911, PLR0912  one a pass
         """The pass that a spec means for this model."""
         match wish:
             case spec.FoldScales():
@@ -111,6 +113,8 @@ class PassBuilder:
                 return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
+            case spec.QuantizeActivations():
+                return _quantize_activations(self._model, wish.step)
             case spec.QuantizeCache():
                 return _quantize_cache(self._model, wish.scale)
             case spec.QuantizeEmbedding():
@@ -246,6 +250,18 @@ def _parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
             raise ConfigError(f"static-shapes: found {word!r}; allowed NAME:SIZExSIZE...")
         found[name] = tuple(map(int, numbers))
     return found
+
+
+def _quantize_activations(model: ir.Model, step: float) -> QuantizeActivationsPass:
+    """One step in front of and behind every product.
+
+    Raises:
+        ConfigError: for a step that is not positive.
+    """
+    if step <= 0:
+        raise ConfigError(f"quantize-activations: found step={step:g}; allowed a number > 0")
+    names = [str(node.name) for node in model.graph if node.op_type == "MatMulNBits"]
+    return QuantizeActivationsPass(dict.fromkeys(names, ProductSteps(step, step)))
 
 
 def _quantize_cache(model: ir.Model, scale: float) -> QuantizeCachePass:

@@ -25,6 +25,7 @@ __all__ = [
     "LiftMatMulNBits",
     "MatMulToNBits",
     "PassSpec",
+    "QuantizeActivations",
     "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
@@ -98,6 +99,14 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeActivations(PassSpec):
+    """Round activations around every MatMulNBits to int16, with one step for all."""
+
+    name = "quantize-activations"
+    step: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeCache(PassSpec):
     """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
 
@@ -149,6 +158,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            QuantizeActivations,
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,

@@ -22,7 +22,7 @@ from faq_onnx.passes import StaticShapesPass, run_passes
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.packing import pack_codes
 from faq_onnx.quant.uniform import BlockGrid, dequantize, minmax_grid, round_to_grid
-from faq_onnx.targets.qnn_runtime import QnnError, compile_graph, is_here
+from faq_onnx.targets.qnn_runtime import Compiler, QnnError, is_here
 from faq_onnx.testing import write_tiny_llama
 
 QWEN3 = Path(__file__).parents[1] / "fixtures" / "exporters" / "optimum-qwen3-untied-fp32"
@@ -192,11 +192,11 @@ def test_products_over_a_matrix_are_lifted(tmp_path: Path, lifted: bool) -> None
     lift = ",lift-matmul-nbits" if lifted else ""
     save_model(optimize(model, f"matmul-to-nbits{lift}").model, tmp_path / "m.onnx")
     if lifted:
-        compiled = compile_graph(tmp_path / "m.onnx", "v75")
+        compiled = Compiler("v75").compile(tmp_path / "m.onnx")
         assert compiled.nodes == {"QNNExecutionProvider": 3}
         return
     with pytest.raises(QnnError, match="assigned to the default CPU EP"):
-        compile_graph(tmp_path / "m.onnx", "v75")
+        Compiler("v75").compile(tmp_path / "m.onnx")
 
 
 def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
@@ -211,4 +211,4 @@ def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
     run_passes(model, [StaticShapesPass({**shapes, "attention_mask": (1, 4)})])
     save_model(model, tmp_path / "odd.onnx")
     with pytest.raises(QnnError, match=r"QNN does not take odd \(Hardmax\)"):
-        compile_graph(tmp_path / "odd.onnx", "v75")
+        Compiler("v75").compile(tmp_path / "odd.onnx")
