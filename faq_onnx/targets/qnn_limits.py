@@ -15,8 +15,8 @@ __all__ = [
     "ARCHITECTURES",
     "LPBQ_WAY_OUT",
     "activation_refusals",
+    "form_refusals",
     "graph_refusals",
-    "weight_refusals",
 ]
 
 LPBQ_WAY_OUT = (
@@ -83,7 +83,7 @@ def activation_refusals(outline: ModelOutline) -> Iterator[Refusal]:
         )
 
 
-def weight_refusals(weight: PlannedWeight) -> Iterator[Refusal]:
+def form_refusals(weight: PlannedWeight) -> Iterator[Refusal]:
     """Forms of MatMulNBits that other tools write."""
     if weight.kind == "linear" and weight.float_zero_points:
         yield Refusal(
