@@ -39,7 +39,8 @@ def _compile(request: Mapping[str, Any]) -> dict[str, object]:
 
     Tokens of the request are read with what was compiled.
     """
-    graphs, answer, sessions = request["graphs"], {}, []
+    graphs, sessions = request["graphs"], []
+    answer: dict[str, object] = {}
     for index, (name, graph) in enumerate(graphs.items()):
         config = {
             "ep.context_enable": "1",

@@ -153,19 +153,20 @@ class QnnTarget(Target):
         """Write both graphs and compile them."""
         chosen = self._chosen
         lengths = Lengths(chosen.prompt_tokens, chosen.context)
-        tables, steps = [], {}
+        found = None
         if chosen.activations == "16-bit":
             starts = np.array(job.reference.prompt, np.int64)
             found = find_activations(job.folder / MODEL_NAME, starts, job.progress)
-            tables, steps = [found.table], found.steps
-        graphs = write_graphs(job.folder, job.work, lengths, steps)
+        graphs = write_graphs(job.folder, job.work, lengths, found.steps if found else {})
+        notes, tables = ((found.note,), (found.table,)) if found else ((), ())
         if not is_here():
             note = f"not compiled: onnxruntime-qnn is not installed here ({EXTRA})"
-            return PackageFacts(notes=(note,), tables=tuple(tables))
+            return PackageFacts(notes=(*notes, note), tables=tables)
         compiled = self._compile(graphs, job.progress)
         build = _Build(graphs=compiled, versions=_versions())
         build.save(job.folder / BUILD_NAME)
-        return PackageFacts(tables=(_table(build, lengths), *tables))
+        notes = (*notes, _device_note(graphs, compiled, chosen.arch))
+        return PackageFacts(notes=notes, tables=(_table(build, lengths), *tables))
 
     def _compile(self, graphs: Mapping[str, Path], progress: Progress) -> dict[str, Compiled]:
         """Compile into the folder of the graphs."""
@@ -210,11 +211,11 @@ class QnnTarget(Target):
     ) -> list[ProofCheck]:
         """Compile and run both graphs in one process."""
         tokens = self._tokens(reference)
-        graphs = [folder / f"{name}.onnx" for name in GRAPHS]
+        prefill, decode = (folder / f"{name}.onnx" for name in GRAPHS)
         title = "compile again, and run in Qualcomm's simulator (slow)"
         try:
             with progress.stage(title, 1, "runs") as advance:
-                compiled, found = self._compiler.compile_and_read(*graphs, tokens)
+                compiled, found = self._compiler.compile_and_read(prefill, decode, tokens)
                 advance(1)
         except QnnError as problem:
             return [ProofCheck(name=_TOGETHER, passed=False, value=str(problem))]
@@ -288,6 +289,15 @@ def _cpu_logits(model: Path, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         session = open_session(exact)
     feeds = decoder_feeds(session.get_inputs(), np.array([tokens], np.int64))
     return np.asarray(run_session(session, feeds, ["logits"])["logits"][0], np.float32)
+
+
+def _device_note(graphs: Mapping[str, Path], compiled: Mapping[str, Compiled], arch: str) -> str:
+    """What to copy to a phone."""
+    files = [file for name in GRAPHS for file in context_files(graphs[name]) if file.is_file()]
+    size = sum(each.binary_bytes for each in compiled.values()) / 1e6
+    seconds = sum(each.seconds for each in compiled.values())
+    names = ", ".join(file.name for file in files)
+    return f"for the device: {names} ({size:,.1f} MB, compiled for {arch} in {seconds:.0f} s)"
 
 
 def _table(build: _Build, lengths: Lengths) -> FactTable:

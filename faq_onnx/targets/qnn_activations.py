@@ -49,10 +49,12 @@ class Activations:
     Attributes:
         steps: Of the products that get 16-bit activations, by name of the node.
         table: About all products, for people.
+        note: The same in a line.
     """
 
     steps: Mapping[str, ProductSteps]
     table: FactTable
+    note: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,8 @@ def find_activations(path: Path, starts: npt.NDArray[np.int64], progress: Progre
         for name, product in products.items()
         if noise[name] <= MOST_NOISE
     }
-    return Activations(steps, _table(noise, len(nodes)))
+    note = f"{len(steps)} of {len(nodes)} products run on 16-bit integers, the others in float16"
+    return Activations(steps, _table(noise, len(nodes)), note)
 
 
 def _is_lpbq(node: ir.Node) -> bool:

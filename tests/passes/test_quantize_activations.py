@@ -48,7 +48,8 @@ def _run(model: ir.Model, path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _rounded(values: npt.NDArray[np.float32], step: float) -> npt.NDArray[np.float32]:
-    return (np.rint(values / step) * step).astype(np.float32)
+    rounded: npt.NDArray[np.float32] = (np.rint(values / step) * step).astype(np.float32)
+    return rounded
 
 
 def test_products_are_those_of_rounded_activations(tmp_path: Path) -> None:
