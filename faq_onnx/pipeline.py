@@ -23,6 +23,7 @@ from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, check_statistics, make_plan
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
+from faq_onnx.rotate_stages import rotate
 from faq_onnx.targets import DEFAULT_TARGET
 from faq_onnx.targets.opening import open_target
 from faq_onnx.targets.package import MANIFEST_NAME, OutputFolder
@@ -137,7 +138,7 @@ def preview(
         planned = make_plan(opened.census, _plain(config), None, opened.read)
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
-        size = stages.source_bytes(opened.source, opened.model)
+        size = stages.source_bytes(opened.source, opened.given.model)
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
@@ -179,10 +180,10 @@ def plan(  # noqa: PLR0913 - one argument per input of the stage
     force: bool = False,
 ) -> QuantPlan:
     """Decide formats and channel scales, and write them to a folder for `apply`."""
-    budget_stages.check_budget(config)
     with OutputFolder(output, None, force) as out, work_folder(None) as work:
-        opened = stages.open_model(source, work, progress)
-        planned = Run(work, progress, config).plan(opened, open_stats(stats, opened))
+        run = Run(work, progress, config)
+        opened = run.open(source)
+        planned = run.plan(opened, open_stats(stats, opened))
         planned.save(out.path)
         return planned.plan
 
@@ -200,6 +201,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     """Quantize as a saved plan says, verify, and write the package."""
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
+        opened = rotate(opened, PlannedModel.load_plan(plan).config or QuantizeConfig())
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
         chosen = open_target(DEFAULT_TARGET)
         run = Run(work, progress, _as_planned(config, planned.plan), chosen, force)
@@ -269,7 +271,7 @@ def _compare(path: Path, source: str, progress: Progress) -> LogitMetrics:
     config = RunReport.load(report).config if report.is_file() else QuantizeConfig()
     with work_folder(None) as work:
         run = Run(work, progress, config)
-        opened = run.open(source)
+        opened = stages.open_model(source, work, progress)
         windows = run.tokens(opened, calibrate=False)
         return checks.compare_to_reference(path, run.reference(opened, windows), progress)
 
