@@ -84,6 +84,11 @@ class ResidualStream:
     readers: tuple[StreamReader, ...]
     vectors: tuple[str, ...] = ()
 
+    def head_of(self, table: EmbeddingSite) -> LinearSite | None:
+        """The reader whose weight is tied to an embedding, None where there is none."""
+        heads = (reader.site for reader in self.readers if reader.site.name == table.tied_site)
+        return next(heads, None)
+
 
 @dataclasses.dataclass(frozen=True)
 class ValueHeads:
@@ -129,6 +134,28 @@ class _Change:
         oriented = matrix if self.layout is WeightLayout.N_K else matrix.T
         turned = rotate_weight(oriented, gain=self.gain, inputs=self.inputs, outputs=self.outputs)
         return (turned if self.layout is WeightLayout.N_K else turned.T).reshape(stored.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What a rotation does to a model: weights, vectors on the stream, gains; by initializer."""
+
+    weights: dict[str, _Change] = dataclasses.field(default_factory=dict)
+    vectors: dict[str, RowRotation] = dataclasses.field(default_factory=dict)
+    offsets: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def weight(self, name: str, layout: WeightLayout) -> _Change:
+        """The change of one weight, to be added to."""
+        return self.weights.setdefault(name, _Change(layout))
+
+    def apply(self, model: ir.Model) -> None:
+        """Let every initializer be computed when it is read."""
+        for name, change in self.weights.items():
+            transform_initializer(model, name, change.apply)
+        for name, rotation in self.vectors.items():
+            transform_initializer(model, name, functools.partial(_turn_vector, rotation))
+        for name, offset in self.offsets.items():
+            transform_initializer(model, name, functools.partial(_unit_gain, offset))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,21 +205,14 @@ class RotatePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Collect what each weight takes, then let each be computed when it is read."""
         pending = self._pending(model)
-        changes: dict[str, _Change] = {}
-        vectors: dict[str, RowRotation] = {}
-        gains: dict[str, float] = {}
+        changes = _Changes()
         if _RESIDUAL in pending:
             assert self.sites.stream is not None
-            self._turn_stream(model, self.sites.stream, changes, vectors, gains)
+            self._turn_stream(model, self.sites.stream, changes)
         if _HEADS in pending:
             for index, heads in enumerate(self.sites.heads):
-                self._turn_heads(index, heads, changes, vectors)
-        for name, change in changes.items():
-            transform_initializer(model, name, change.apply)
-        for name, rotation in vectors.items():
-            transform_initializer(model, name, functools.partial(_turn_vector, rotation))
-        for name, offset in gains.items():
-            transform_initializer(model, name, functools.partial(_unit_gain, offset))
+                self._turn_heads(index, heads, changes)
+        changes.apply(model)
         if pending:
             done = _rotated(model) | dict.fromkeys(pending, self.seed)
             model.metadata_props[ROTATED_KEY] = json.dumps(done, sort_keys=True)
@@ -221,8 +241,8 @@ class RotatePass(ir.passes.InPlacePass):
         tables = {table.weight: table for table in stream.tables}
         for table in stream.tables:
             nodes = {producers.node(table.output, table.name)}
-            if table.tied_site is not None:
-                head = next(r.site for r in stream.readers if r.site.name == table.tied_site)
+            head = stream.head_of(table)
+            if head is not None:
                 _check_tie(table, head, untie=self.untie_head)
                 if table.tie is Tie.SHARED:
                     nodes.add(producers.node(head.output, head.name))
@@ -242,53 +262,36 @@ class RotatePass(ir.passes.InPlacePass):
                 bias = find_initializer(model, heads.values.bias)
                 _check_read_once(bias, heads.values.name)
 
-    def _turn_stream(
-        self,
-        model: ir.Model,
-        stream: ResidualStream,
-        changes: dict[str, _Change],
-        vectors: dict[str, RowRotation],
-        gains: dict[str, float],
-    ) -> None:
+    def _turn_stream(self, model: ir.Model, stream: ResidualStream, changes: _Changes) -> None:
         rotation = StreamRotation.random(stream.width, np.random.default_rng((self.seed, 0)))
         untied = dict(_untie(model, stream))
         producers = ProducerIndex(model)
         for table in stream.tables:
             layout = _layout_of_table(producers.node(table.output, table.name))
-            changes[table.weight] = _Change(layout, inputs=rotation)
+            changes.weight(table.weight, layout).inputs = rotation
         for site in stream.writers:
-            _change_of(changes, site.weight, site.layout).outputs = rotation
+            changes.weight(site.weight, site.layout).outputs = rotation
         for reader in stream.readers:
             name = untied.get(reader.site.name, reader.site.weight)
-            change = _change_of(changes, name, reader.site.layout)
+            change = changes.weight(name, reader.site.layout)
             change.inputs = rotation
             if reader.gain is not None:
                 stored = np.asarray(read_initializer(model, reader.gain), np.float64)
                 change.gain = stored.ravel() + reader.offset
-                gains[reader.gain] = reader.offset
-        vectors.update(dict.fromkeys(stream.vectors, rotation))
+                changes.offsets[reader.gain] = reader.offset
+        changes.vectors.update(dict.fromkeys(stream.vectors, rotation))
 
-    def _turn_heads(
-        self,
-        index: int,
-        heads: ValueHeads,
-        changes: dict[str, _Change],
-        vectors: dict[str, RowRotation],
-    ) -> None:
+    def _turn_heads(self, index: int, heads: ValueHeads, changes: _Changes) -> None:
         rng = np.random.default_rng((self.seed, 1 + index))
         drawn = HeadRotation.random(heads.kv_heads, heads.head_dim, rng)
         values = dataclasses.replace(drawn, start=heads.row_start)
         site = heads.values
-        _change_of(changes, site.weight, site.layout).outputs = values
+        changes.weight(site.weight, site.layout).outputs = values
         if site.bias is not None:
-            vectors[site.bias] = values
+            changes.vectors[site.bias] = values
         for reader in heads.readers:
             attended = dataclasses.replace(drawn, repeats=heads.repeats)
-            _change_of(changes, reader.weight, reader.layout).inputs = attended
-
-
-def _change_of(changes: dict[str, _Change], name: str, layout: WeightLayout) -> _Change:
-    return changes.setdefault(name, _Change(layout))
+            changes.weight(reader.weight, reader.layout).inputs = attended
 
 
 def _rotated(model: ir.Model) -> dict[str, int]:
@@ -317,9 +320,9 @@ def _untie(model: ir.Model, stream: ResidualStream) -> Iterator[tuple[str, str]]
     """Give heads that read an embedding's table a copy; yields site and name of its table."""
     producers = ProducerIndex(model)
     for table in stream.tables:
-        if table.tie is not Tie.SHARED:
+        head = stream.head_of(table)
+        if head is None or table.tie is not Tie.SHARED:
             continue
-        head = next(r.site for r in stream.readers if r.site.name == table.tied_site)
         node = producers.node(head.output, head.name)
         *carriers, shared = path_to_initializer(node, 1)
         assert shared.const_value is not None
