@@ -77,13 +77,16 @@ def test_stages_rotate_as_convert_does(cli: Any, source: Path, tmp_path: Path) -
     assert cli.quick("convert", source, "-o", whole, *ROTATE).code == 0
     assert (staged / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
     report = RunReport.load(whole / "report.json")
-    assert report.verification.fold_error is not None
-    assert 0 < report.verification.fold_error < 1e-4
+    verification = report.verification
+    assert verification is not None
+    assert verification.logits is not None
+    assert verification.fold_error is not None
+    assert 0 < verification.fold_error < 1e-4
     assert "check the rotation" in {stage.stage for stage in report.stages}
     # what is compared with is the source, so verify finds the same without knowing of rotations
     again = cli.run("verify", whole, "--source", source, "--json", "--quiet")
     assert again.code == 0, again.err
-    assert again.json["logits"]["kl_nats"] == report.verification.logits.kl_nats
+    assert again.json["logits"]["kl_nats"] == verification.logits.kl_nats
 
 
 def test_statistics_of_the_unrotated_model_are_refused(
