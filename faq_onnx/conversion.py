@@ -13,7 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from faq_onnx import budget_stages, checks, package_stages, run_report, stages
+from faq_onnx import (
+    budget_stages,
+    checks,
+    package_stages,
+    quantize_stages,
+    run_report,
+    stages,
+)
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import RunReport, StageTime
@@ -261,10 +268,10 @@ class Run:
     ) -> tuple[float | None, tuple[SiteError, ...]]:
         """Low-bit nodes in the graph; errors of folding and of each site."""
         with self.timed("fold"):
-            marks = stages.rtn_marks(opened, planned)
+            marks = quantize_stages.rtn_marks(opened, planned)
             error = self._fold(opened, planned, reference)
         with self.timed("quantize"):
-            quantized = stages.quantize(
+            quantized = quantize_stages.quantize(
                 opened,
                 planned,
                 stats,
@@ -273,7 +280,7 @@ class Run:
                 self.progress,
                 windows=path_windows(self.config, windows.calibration),
             )
-            stages.rewrite(opened, planned, quantized.weights)
+            quantize_stages.rewrite(opened, planned, quantized.weights)
         return error, quantized.errors
 
     def _fold(
@@ -282,7 +289,7 @@ class Run:
         """Fold the scales and prove on one window that nothing changed."""
         if not planned.scales and opened.unrotated is None:
             return None
-        stages.fold(opened, planned)
+        quantize_stages.fold(opened, planned)
         what = "folding the channel scales"
         return self.check_rewrite(opened, reference, what, "check the folded model")
 
