@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from faq_onnx.artifacts.plan import BlockFormat, GroupPlan, ScaleApplication
+from faq_onnx.artifacts.plan import BlockFormat, GroupPlan, ScaleApplication, SitePlan
 from faq_onnx.artifacts.sites import (
     GroupRole,
     LinearSite,
@@ -42,8 +42,7 @@ from faq_onnx.quant.uniform import fake_quantize, to_blocks
 __all__ = ["GroupChoice", "ScalePlanner", "scaled_groups"]
 
 Array = npt.NDArray[np.float32]
-Weights = Sequence[tuple[Array, BlockFormat]]
-Judge = Callable[[Weights, Array], float]
+Weights = Sequence[tuple[Array, SitePlan]]
 
 # Output channels that stand for a site while exponents are compared: candidates are judged on the
 # same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
@@ -102,14 +101,14 @@ class ScalePlanner:
         census: Of the model.
         config: Method and search settings.
         stats: Calibration statistics.
-        formats: Block format by site name.
+        plans: Format and rounding by site name.
         read_weight: The float weight of a site, float32 [N, K].
     """
 
     census: ModelCensus
     config: QuantizeConfig
     stats: CalibrationStats
-    formats: Mapping[str, BlockFormat | None]
+    plans: Mapping[str, SitePlan]
     read_weight: Callable[[LinearSite], Array]
 
     def choose(
@@ -149,9 +148,10 @@ class ScalePlanner:
     def _choose(self, group: ScaleGroup, application: ScaleApplication) -> GroupChoice:
         if application is ScaleApplication.NONE:
             return GroupChoice(GroupPlan(group=group.name, application=application), None)
-        sites = [self.census.site(name) for name in group.sites]
-        weights = [(self.read_weight(s), f) for s in sites if (f := self.formats[s.name])]
-        chosen = _search(weights, self._candidates(group, weights), self._judge(group))
+        plans = [self.plans[name] for name in group.sites if self.plans[name].format is not None]
+        weights = [(self.read_weight(self.census.site(plan.site)), plan) for plan in plans]
+        moments = SiteMoments(self.stats.gram(group.name), self.config.rounding.shrinkage)
+        chosen = _search(weights, self._candidates(group, weights), _Judge(moments))
         if chosen.exponent is None:
             application = ScaleApplication.NONE
         plan = GroupPlan(
@@ -167,23 +167,41 @@ class ScalePlanner:
         """Exponents and their scales, without the identity."""
         statistic = self.statistic(group)
         tried = exponents(self.config.scale.grid_points)
-        if self.config.axes.rounding != "gptq":
+        if all(plan.rounding == "nearest" for _, plan in weights):
             return [(alpha, awq_scale(statistic, alpha)) for alpha in tried if alpha]
         rms = _absorbable(group, _column_rms([weight for weight, _ in weights]))
         return [(alpha, level_scale(statistic, rms, alpha)) for alpha in tried]
-
-    def _judge(self, group: ScaleGroup) -> Judge:
-        gram = self.stats.gram(group.name)
-        if self.config.axes.rounding != "gptq":
-            return functools.partial(_rounding_error, gram)
-        moments = SiteMoments(gram, self.config.rounding.shrinkage)
-        return functools.partial(_expected_error, channel_energies(moments.shrunk))
 
     def _cost(self, group: ScaleGroup, application: ScaleApplication) -> float:
         if application is ScaleApplication.NONE:
             return 0.0
         outputs = sum(self.census.site(name).out_features for name in group.sites)
         return outputs * group.in_features**2 / 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """What the rounding of some sites leaves of their outputs' error."""
+
+    moments: SiteMoments
+
+    def __call__(self, weights: Weights, scale: Array) -> float:
+        """Sum over the sites of E ||x (Q(W s)/s - W)^T||^2; expected, where Q is GPTQ."""
+        return sum(self._of(weight, plan, scale) for weight, plan in weights)
+
+    def _of(self, weight: Array, plan: SitePlan, scale: Array) -> float:
+        assert plan.format is not None
+        if plan.rounding == "gptq":
+            return expected_gptq_error(weight, scale, self._energies, plan.format)
+        blocks = to_blocks(weight * scale, plan.format.block_size)
+        rounded = fake_quantize(blocks, plan.format, out=blocks)
+        delta = rounded.reshape(len(weight), -1)[:, : weight.shape[1]] / scale
+        delta -= weight
+        return output_energy(delta, self.moments.gram)
+
+    @functools.cached_property
+    def _energies(self) -> npt.NDArray[np.floating]:
+        return channel_energies(self.moments.shrunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +214,10 @@ class _Found:
     loss: float
 
 
-def _search(weights: Weights, candidates: Sequence[tuple[float, Array]], judge: Judge) -> _Found:
+def _search(weights: Weights, candidates: Sequence[tuple[float, Array]], judge: _Judge) -> _Found:
     """The best candidate on some rows, where it is also better than the identity on all."""
     ones = np.ones(weights[0][0].shape[1], np.float32)
-    sample = [(_spread_rows(weight), fmt) for weight, fmt in weights]
+    sample = [(_spread_rows(weight), plan) for weight, plan in weights]
     losses = list(map_in_threads(lambda pair: judge(sample, pair[1]), [(0.0, ones), *candidates]))
     identity = judge(weights, ones)
     best = int(np.argmin(losses))
@@ -233,21 +251,3 @@ def _spread_rows(weight: Array) -> Array:
         return weight
     picked = np.linspace(0, len(weight) - 1, SEARCH_ROWS).round().astype(np.intp)
     return np.ascontiguousarray(weight[picked])
-
-
-def _expected_error(energies: npt.NDArray[np.floating], weights: Weights, scale: Array) -> float:
-    """What GPTQ is expected to leave, summed over the sites."""
-    return sum(expected_gptq_error(weight, scale, energies, fmt) for weight, fmt in weights)
-
-
-def _rounding_error(gram: Array, weights: Weights, scale: Array) -> float:
-    """Sum over the sites of E ||x (Q(W s)/s - W)^T||^2."""
-    total = 0.0
-    for weight, fmt in weights:
-        scaled = weight * scale
-        blocks = to_blocks(scaled, fmt.block_size)
-        rounded = fake_quantize(blocks, fmt, out=blocks)
-        delta = rounded.reshape(len(weight), -1)[:, : weight.shape[1]] / scale
-        delta -= weight
-        total += output_energy(delta, gram)
-    return total

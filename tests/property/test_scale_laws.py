@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from faq_onnx.artifacts.plan import SitePlan
 from faq_onnx.config import FaqConfig
 from faq_onnx.planning import scales as scales_module
-from faq_onnx.planning.scales import _expected_error, _rounding_error, _search
+from faq_onnx.planning.scales import _Judge, _search
 from faq_onnx.quant.channel_scale import (
     awq_scale,
     exponents,
@@ -23,8 +22,8 @@ from faq_onnx.quant.channel_scale import (
     share_over_heads,
 )
 from faq_onnx.quant.formats import block_format
-from faq_onnx.quant.gptq import channel_energies
 from faq_onnx.quant.objective import output_energy, scale_gram
+from faq_onnx.quant.site import SiteMoments
 
 pytestmark = pytest.mark.property
 FEW = settings(max_examples=60, deadline=None)
@@ -153,17 +152,18 @@ def test_the_chosen_scale_is_never_worse_than_the_identity(
     x = rng.standard_t(3, size=(30, columns)) * np.exp2(rng.normal(scale=2, size=columns))
     gram = (x.T @ x / 30).astype(np.float32)
     statistic = np.abs(x).mean(axis=0).astype(np.float32)
-    fmt = block_format(bits, 16, symmetric)
+    plan = SitePlan(
+        site="a", format=block_format(bits, 16, symmetric), rounding="gptq" if gptq else "nearest"
+    )
     weights = [
-        (rng.normal(size=(rows, columns)).astype(np.float32), fmt)
+        (rng.normal(size=(rows, columns)).astype(np.float32), plan)
         for rows in rng.integers(1, 40, 2)
     ]
+    judge = _Judge(SiteMoments(gram))
     if gptq:
-        judge = functools.partial(_expected_error, channel_energies(gram))
         rms = np.sqrt(np.mean(np.concatenate([w for w, _ in weights]) ** 2, axis=0))
         candidates = [(alpha, level_scale(statistic, rms, alpha)) for alpha in exponents(8)]
     else:
-        judge = functools.partial(_rounding_error, gram)
         candidates = [(alpha, awq_scale(statistic, alpha)) for alpha in exponents(8)[1:]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scales_module, "SEARCH_ROWS", search_rows)
