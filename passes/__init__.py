@@ -24,11 +24,20 @@ from faq_onnx.passes.lift_matmul_nbits import LiftMatMulNBitsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
+from faq_onnx.passes.rotate import (
+    ROTATED_KEY,
+    ResidualStream,
+    RotatePass,
+    RotationSites,
+    StreamReader,
+    ValueHeads,
+)
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
 from faq_onnx.passes.static_shapes import StaticShapesPass
 
 __all__ = [
     "PASSES",
+    "ROTATED_KEY",
     "ActivationRequest",
     "AttentionBlock",
     "FoldScalesPass",
@@ -41,8 +50,13 @@ __all__ = [
     "OnPass",
     "QuantizeCachePass",
     "QuantizeEmbeddingPass",
+    "ResidualStream",
     "RotaryTable",
+    "RotatePass",
+    "RotationSites",
     "StaticShapesPass",
+    "StreamReader",
+    "ValueHeads",
     "pass_name",
     "run_passes",
 ]
@@ -57,6 +71,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "matmul-to-nbits": MatMulToNBitsPass,
         "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
+        "rotate": RotatePass,
         "static-shapes": StaticShapesPass,
     }
 )
