@@ -197,7 +197,7 @@ class QnnTarget(Target):
             checks = [ProofCheck(name=name, passed=None, value=why) for name in names]
             return TargetProof(target=self.name, checks=tuple(checks), versions=_versions())
         build = _Build.load(folder / BUILD_NAME)
-        if logits == _TOGETHER:
+        if logits == _TOGETHER and not reference.problem:
             checks = self._run_together(folder, reference, progress)
         else:
             checks = [self._compiled(folder, name, build, progress) for name in GRAPHS]
