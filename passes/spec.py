@@ -25,6 +25,7 @@ __all__ = [
     "LiftMatMulNBits",
     "MatMulToNBits",
     "PassSpec",
+    "PackQkv",
     "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
@@ -98,6 +99,13 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class PackQkv(PassSpec):
+    """Compute query, key and value of GroupQueryAttention in one product."""
+
+    name = "pack-qkv"
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeCache(PassSpec):
     """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
 
@@ -149,6 +157,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            PackQkv,
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,
