@@ -97,7 +97,7 @@ class PassBuilder:
         """Taken when the first pass needs it; passes keep the names that it goes by."""
         return take_census(self._model, self._config)
 
-    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911  one a pass
+    def build(self, wish: spec.PassSpec) -> ir.passes.PassBase:  # noqa: C901, PLR0911, PLR0912  one a pass
         """The pass that a spec means for this model."""
         match wish:
             case spec.FoldScales():

@@ -1,7 +1,7 @@
 """The products that make query, key and value of com.microsoft.GroupQueryAttention become one.
 
-The activation is then quantized once instead of three times, and a thread pool starts once. No
-numerics here: rows of the three weights are set one after the other.
+Its activation is then quantized once instead of three times. No numerics here: rows of the three
+weights are set one after another.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
 
 from faq_onnx.errors import RewriteError
 from faq_onnx.graph.weights import join_tensors
-from faq_onnx.passes.nodes import MICROSOFT_DOMAIN, add_initializer, remove_dead
+from faq_onnx.passes.nodes import MICROSOFT_DOMAIN, add_initializer, remove_dead, take_place
 
 __all__ = ["PackQkvPass", "attention_nodes", "is_packed"]
 
@@ -35,8 +36,10 @@ class PackQkvPass(ir.passes.InPlacePass):
     1. The three are MatMul or MatMulNBits over the same activation, with the same attributes but
        for N, and the same kinds of constant inputs; all have a constant bias behind them, or none.
     2. Every constant is that of the query, followed by those of key and value. Block scales that
-       the graph multiplies out are joined before they are multiplied.
-    3. Where a constant or a result has other readers, the layer stays as it is.
+       the graph multiplies out are joined before they are multiplied. A constant with another
+       reader would be stored twice, so such a layer stays as it is.
+    3. Attention reads the product itself, and no key and value. Where somebody else reads one of
+       the three, such as a norm, a Split gives them back under their names.
     4. The new node's name joins those of the three: `attn/q_proj+k_proj+v_proj/MatMul_Q4`.
     5. A second run changes nothing.
     """
@@ -70,12 +73,25 @@ class Projection:
     Attributes:
         product: MatMul or MatMulNBits.
         bias: Constant of the Add behind it, None without.
-        output: What attention reads.
+        output: Of the Add, or of the product.
     """
 
     product: ir.Node
     bias: ir.Value | None
     output: ir.Value
+
+    @classmethod
+    def of(cls, product: ir.Node) -> Projection:
+        """With the bias behind it."""
+        rows = product.outputs[0]
+        uses = rows.uses()
+        reader = next(iter(uses)).node if len(uses) == 1 and not rows.is_graph_output() else None
+        if reader is None or reader.op_type != "Add" or reader.domain:
+            return cls(product, None, rows)
+        bias = next((value for value in reader.inputs if value is not rows), None)
+        if bias is None or not bias.is_initializer():
+            return cls(product, None, rows)
+        return cls(product, bias, reader.outputs[0])
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -83,14 +99,18 @@ class Projection:
         return self.product.domain, self.product.op_type
 
     @property
-    def features(self) -> int:
+    def constants(self) -> Sequence[ir.Value | None]:
+        """Inputs of the product but for the activation."""
+        return self.product.inputs[1:]
+
+    @property
+    def features(self) -> int | None:
         """N: output features."""
         if "N" in self.product.attributes:
             return self.product.attributes["N"].as_int()
         weight = self.product.inputs[1]
         size = None if weight is None or weight.shape is None else weight.shape[-1]
-        assert isinstance(size, int)
-        return size
+        return size if isinstance(size, int) else None
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
@@ -99,62 +119,72 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def is_packed(attention: ir.Node) -> bool:
-    """Whether query, key and value are one input."""
-    return attention.inputs[_KEY] is None
+    """Whether query, key and value come from one product."""
+    if attention.inputs[_KEY] is None:
+        return True
+    products = {_product(value) for value in attention.inputs[: _VALUE + 1]}
+    return len(products) == 1 and None not in products
 
 
 def _projections(attention: ir.Node) -> list[Projection]:
     """Those of query, key and value in this order; empty where they cannot be joined."""
-    found = [_projection(value) for value in attention.inputs[: _VALUE + 1]]
-    three = [projection for projection in found if projection is not None]
-    if len(three) < len(found) or not all(_alike(three[0], other) for other in three[1:]):
+    products = [_product(value) for value in attention.inputs[: _VALUE + 1]]
+    three = [Projection.of(node) for node in products if node is not None]
+    if len({each.product for each in three}) < len(products):
         return []
     axis = _FEATURE_AXES[three[0].kind]
-    constants = zip(*(each.product.inputs[1:] for each in three), strict=True)
-    joinable = all(_can_join(values, axis) for values in constants)
-    joinable = joinable and _can_join([each.bias for each in three], -1)
-    return three if joinable and all(map(_has_whole_bias, three)) else []
+    joinable = (
+        all(_alike(three[0], other) for other in three[1:])
+        and all(_can_join(values, axis) for values in zip(*_constants(three), strict=True))
+        and _can_join([each.bias for each in three], -1)
+        and all(map(_is_complete, three))
+    )
+    return three if joinable else []
 
 
-def _projection(value: ir.Value | None) -> Projection | None:
-    """The product behind a value, through the Add of a bias."""
-    node = _sole_producer(value)
-    if value is None or node is None:
-        return None
-    if node.op_type != "Add" or node.domain:
-        return Projection(node, None, value) if _is_product(node) else None
-    for product, bias in (node.inputs, node.inputs[::-1]):
-        above = _sole_producer(product)
-        if bias is not None and bias.is_initializer() and above is not None and _is_product(above):
-            return Projection(above, bias, value)
-    return None
+def _product(value: ir.Value | None) -> ir.Node | None:
+    """The one product that a value is made of without another between; None for none or more."""
+    found: set[ir.Node] = set()
+    seen: set[ir.Value] = set()
+    pending = [value]
+    while pending and len(found) <= 1:
+        each = pending.pop()
+        node = None if each is None or each in seen else each.producer()
+        if each is None or node is None:
+            continue
+        seen.add(each)
+        if (node.domain, node.op_type) in _FEATURE_AXES:
+            found.add(node)
+        elif node.op_type != "Shape":  # sizes are no part of it
+            pending += node.inputs
+    return found.pop() if len(found) == 1 else None
 
 
-def _is_product(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) in _FEATURE_AXES
-
-
-def _sole_producer(value: ir.Value | None) -> ir.Node | None:
-    """What makes a value that has one reader."""
-    if value is None or value.is_graph_output() or len(value.uses()) != 1:
-        return None
-    return value.producer()
+def _constants(projections: Sequence[Projection]) -> list[Sequence[ir.Value | None]]:
+    return [each.constants for each in projections]
 
 
 def _alike(one: Projection, other: Projection) -> bool:
     return (
         one.kind == other.kind
         and one.product.inputs[0] is other.product.inputs[0]
-        and len(one.product.inputs) == len(other.product.inputs)
+        and len(one.constants) == len(other.constants)
         and _settings(one.product) == _settings(other.product)
         and one.product.graph is other.product.graph
     )
 
 
-def _has_whole_bias(projection: Projection) -> bool:
-    """Whether a bias, if there is one, has a number for each feature."""
-    bias = projection.bias
-    return bias is None or (bias.shape is not None and bias.shape[-1] == projection.features)
+def _settings(node: ir.Node) -> dict[str, object]:
+    """Attributes by name, without the number of output features."""
+    return {name: attr.value for name, attr in node.attributes.items() if name != "N"}
+
+
+def _is_complete(projection: Projection) -> bool:
+    """Whether features are known, and a bias has a number for each of them."""
+    bias, features = projection.bias, projection.features
+    if features is None:
+        return False
+    return bias is None or (bias.shape is not None and bias.shape[-1] == features)
 
 
 def _can_join(values: Sequence[ir.Value | None], axis: int) -> bool:
@@ -162,7 +192,7 @@ def _can_join(values: Sequence[ir.Value | None], axis: int) -> bool:
     present = [value for value in values if value is not None]
     if not present:
         return True
-    if len(present) < len(values) or not all(_is_read_once(value) for value in present):
+    if len(present) < len(values) or not all(map(_is_read_once, present)):
         return False
     nodes = [value.producer() for value in present]
     made = [node for node in nodes if node is not None]
@@ -199,20 +229,42 @@ def _same_arithmetic(nodes: Sequence[ir.Node], axis: int) -> bool:
     return all(_can_join(values, axis) for values in zip(*(n.inputs for n in nodes), strict=True))
 
 
-def _settings(node: ir.Node) -> dict[str, object]:
-    """Attributes by name, without the number of output features."""
-    return {name: attr.value for name, attr in node.attributes.items() if name != "N"}
-
-
 def _pack(attention: ir.Node, projections: Sequence[Projection]) -> None:
-    """Let attention read one product."""
+    """Put one product in the place of three."""
     first = projections[0].product
-    graph = first.graph
+    activation, graph = first.inputs[0], first.graph
+    assert activation is not None
     assert isinstance(graph, ir.Graph)
+    nodes = _joined_product(graph, projections)
+    outputs = [each.output for each in projections]
+    direct = all(_is_read_once(value) for value in outputs) and outputs == [
+        *attention.inputs[: _VALUE + 1]
+    ]
+    if not direct:
+        nodes.append(_split(graph, nodes[-1].outputs[0], projections))
+    above = activation.producer()
+    if above is not None and above.graph is graph:
+        graph.insert_after(above, nodes)
+    else:
+        graph.insert_before(graph[0], nodes)
+    if direct:
+        for index, value in ((_QUERY, nodes[-1].outputs[0]), (_KEY, None), (_VALUE, None)):
+            attention.replace_input_with(index, value)
+    else:
+        for new, old in zip(nodes[-1].outputs, outputs, strict=True):
+            take_place(new, old)
+    remove_dead(outputs)
+
+
+def _joined_product(graph: ir.Graph, projections: Sequence[Projection]) -> list[ir.Node]:
+    """The product, behind what makes its constants, and in front of its bias."""
+    first = projections[0].product
     axis = _FEATURE_AXES[projections[0].kind]
-    features = sum(each.features for each in projections)
-    constants = zip(*(each.product.inputs[1:] for each in projections), strict=True)
-    weights = [_join(graph, values, axis) for values in constants]
+    nodes: list[ir.Node] = []
+    weights = [
+        _join(graph, values, axis, nodes) for values in zip(*_constants(projections), strict=True)
+    ]
+    features = sum(each.features or 0 for each in projections)
     attributes = dict(first.attributes)
     if "N" in attributes:
         attributes["N"] = ir.AttrInt64("N", features)
@@ -224,63 +276,69 @@ def _pack(attention: ir.Node, projections: Sequence[Projection]) -> None:
         name=_joined_name([each.product.name or "" for each in projections]),
         version=first.version,
     )
-    nodes = [product]
-    bias = _join(graph, [each.bias for each in projections], -1)
+    made = [product]
+    bias = _join(graph, [each.bias for each in projections], -1, nodes)
     if bias is not None:
-        nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{product.name}_bias"))
+        made.append(ir.node("Add", [product.outputs[0], bias], name=f"{product.name}_bias"))
     old = projections[0].output
-    for node in nodes:
-        node.outputs[0].type = old.type
+    name = _joined_name([each.output.name or "" for each in projections])
+    for node in made:
+        result = node.outputs[0]
+        result.name = name if node is made[-1] else f"{name}_product"
+        result.type = old.type
         if old.shape is not None:
-            node.outputs[0].shape = ir.Shape([*list(old.shape)[:-1], features])
-    packed = nodes[-1].outputs[0]
-    packed.name = _joined_name([each.output.name or "" for each in projections])
-    if bias is not None:
-        product.outputs[0].name = f"{packed.name}_product"
-    graph.insert_before(first, nodes)
-    for index, value in ((_QUERY, packed), (_KEY, None), (_VALUE, None)):
-        attention.replace_input_with(index, value)
-    remove_dead(each.output for each in projections)
+            result.shape = ir.Shape([*list(old.shape)[:-1], features])
+    return [*nodes, *made]
+
+
+def _split(graph: ir.Graph, packed: ir.Value, projections: Sequence[Projection]) -> ir.Node:
+    """A node that gives query, key and value."""
+    name = f"{packed.name}_split"
+    sizes = ir.tensor(np.array([each.features for each in projections], np.int64))
+    inputs = [packed, add_initializer(graph, f"{name}_sizes", sizes)]
+    axis = ir.AttrInt64("axis", -1)
+    return ir.Node("", "Split", inputs, [axis], num_outputs=len(projections), name=name)
 
 
 def _join(
-    graph: ir.Graph, values: Sequence[ir.Value | None], axis: int
+    graph: ir.Graph, values: Sequence[ir.Value | None], axis: int, nodes: list[ir.Node]
 ) -> ir.Value | None:
-    """A constant that is those one after the other; None where they are absent."""
+    """A constant that is those one after another, None where they are absent.
+
+    Appends to `nodes` what makes it.
+    """
     present = [value for value in values if value is not None]
     if not present:
         return None
     name = _joined_name([value.name or "" for value in present])
-    nodes = [node for node in (value.producer() for value in present) if node is not None]
-    if not nodes:
+    old = [node for node in (value.producer() for value in present) if node is not None]
+    if not old:
         tensors = [value.const_value for value in present if value.const_value is not None]
         return add_initializer(graph, name, join_tensors(tensors, axis))
-    first = nodes[0]
-    inputs = [_join(graph, each, axis) for each in zip(*(n.inputs for n in nodes), strict=True)]
+    first = old[0]
+    columns = zip(*(node.inputs for node in old), strict=True)
     joined = ir.Node(
         first.domain,
         first.op_type,
-        inputs,
+        [_join(graph, column, axis, nodes) for column in columns],
         first.attributes.values(),
-        name=_joined_name([node.name or "" for node in nodes]),
+        name=_joined_name([node.name or "" for node in old]),
         version=first.version,
     )
-    result = joined.outputs[0]
-    result.name, result.type = name, first.outputs[0].type
-    graph.insert_before(first, joined)
-    return result
+    joined.outputs[0].name, joined.outputs[0].type = name, first.outputs[0].type
+    nodes.append(joined)
+    return joined.outputs[0]
 
 
 def _joined_name(names: Sequence[str]) -> str:
     """What names share, around what they do not: `a/q/x` and `a/k/x` give `a/q+k/x`."""
     parts = [re.split(r"(?<=[/.])|(?=[/.])", name) for name in names]
-    shortest = min(map(len, parts))
-    first = parts[0]
+    first, shortest = parts[0], min(map(len, parts))
     before = 0
     while before < shortest and all(part[before] == first[before] for part in parts):
         before += 1
-    after = 0
-    while after < shortest - before and all(part[-1 - after] == first[-1 - after] for part in parts):
+    after, room = 0, shortest - before
+    while after < room and all(part[-1 - after] == first[-1 - after] for part in parts):
         after += 1
     middles = dict.fromkeys("".join(part[before : len(part) - after]) for part in parts)
     return "".join([*first[:before], "+".join(middles), *first[len(first) - after :]])

@@ -18,8 +18,8 @@ class AttentionFusion(Record):
         layers: All attention found.
         packed: Nodes that read query, key and value from one product, those of the source
             included.
-        error: Largest change of a logit by fusing and packing, over the largest logit, on a prompt and on
-            tokens behind a cache; None where nothing was done.
+        error: Largest change of a logit by fusing and packing, over the largest logit, on a prompt
+            and on tokens behind a cache; None where nothing was done.
         declined: Node and reason of what stayed.
     """
 

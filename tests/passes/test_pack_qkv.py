@@ -41,10 +41,12 @@ def fused(spec: TinyLlama, pipeline: str = "") -> ir.Model:
     return model
 
 
-def exported(family: str) -> ir.Model:
+def exported(family: str, pipeline: str = "") -> ir.Model:
     folder = EXPORTERS / f"optimum-{family}-untied-fp32"
     model = canonicalise(load_model(folder / "model.onnx"))
     config = json.loads((folder / "config.json").read_text())
+    if pipeline:
+        optimize(model, pipeline, config=config)
     run_passes(model, [FuseAttentionPass(find_attention(model, context_length(config)).blocks)])
     return model
 
@@ -158,41 +160,53 @@ def test_an_int8_cache_works_on_packed_nodes(tmp_path: Path) -> None:
     assert_same(run(again, tmp_path / "again.onnx"), plain, 0)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_layers_with_norms_in_front_of_attention_stay(family: str) -> None:
-    model = exported(family)
-    assert not run_passes(model, [PackQkvPass()]).modified
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_exported_decoders_are_packed(family: str, tmp_path: Path) -> None:
-    model = exported(family)
+@pytest.mark.parametrize("low_bit", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_an_exported_decoder_computes_the_same(family: str, low_bit: bool, tmp_path: Path) -> None:
+    model = exported(family, LOW_BIT if low_bit else "")
     plain = run(model, tmp_path / "plain.onnx")
+    assert not any(map(is_packed, attention_nodes(model)))
     assert run_passes(model, [PackQkvPass()]).modified
     assert all(map(is_packed, attention_nodes(model)))
-    assert_same(run(model, tmp_path / "packed.onnx"), plain, 64)
+    # norms of query and key read their part of the product
+    has_norms = family in {"qwen3", "gemma3"}
+    splits = [node for node in model.graph if node.op_type == "Split"]
+    assert len(splits) == (len(attention_nodes(model)) if has_norms else 0)
+    assert_same(run(model, tmp_path / "packed.onnx"), plain, 0 if low_bit else 64)
 
 
-def test_a_second_run_changes_nothing() -> None:
-    model = fused(TinyLlama(qkv_bias=True))
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_second_run_changes_nothing(family: str) -> None:
+    model = exported(family)
     assert run_passes(model, [PackQkvPass()]).modified
     text = ir.to_onnx_text(model)
     assert not run_passes(model, [PackQkvPass()]).modified
     assert ir.to_onnx_text(model) == text
 
 
-@pytest.mark.parametrize("what", ["weight", "product", "bias of one", "scalar bias"])
-def test_what_others_read_or_does_not_fit_stays(what: str) -> None:
+def test_what_others_read_as_well_keeps_its_name(tmp_path: Path) -> None:
+    model = fused(TinyLlama())
+    keys = [str(node.inputs[1].name) for node in attention_nodes(model) if node.inputs[1]]
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(values[name] for name in keys)
+    plain = run(model, tmp_path / "plain.onnx")
+    assert run_passes(model, [PackQkvPass()]).modified
+    assert keys == [value.name for value in model.graph.outputs][-len(keys) :]
+    assert_same(run(model, tmp_path / "packed.onnx"), plain, 64)
+
+
+@pytest.mark.parametrize("what", ["shared weight", "another input", "bias of one", "small bias"])
+def test_what_does_not_fit_stays(what: str) -> None:
     model = fused(TinyLlama(layers=1))
     (attention,) = attention_nodes(model)
     values = [value for value in attention.inputs[:3] if value is not None]
     products = [node for node in (value.producer() for value in values) if node is not None]
-    if what == "weight":
+    if what == "shared weight":
         products[1].replace_input_with(1, products[2].inputs[1])
-    elif what == "product":
-        model.graph.outputs.append(values[0])
+    elif what == "another input":
+        products[1].replace_input_with(0, model.graph.node(0).outputs[0])
     else:
-        sizes = [1, 1, 1] if what == "scalar bias" else [64]
+        sizes = [1, 1, 1] if what == "small bias" else [64]
         for product, size in zip(products, sizes, strict=False):
             _add_bias(model.graph, product, size)
     assert not run_passes(model, [PackQkvPass()]).modified
