@@ -26,7 +26,7 @@ PIP = PYTHONWARNINGS=ignore '$(BIN)/python' -m pip install --quiet --disable-pip
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint format check wheel docs clean clean-env
+.PHONY: help env demo test test-slow explore lint format check wheel docs clean clean-env
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test: env ## Run the tests (about four minutes)
 
 test-slow: env ## Run the slow tests: real packages, whole conversions, the wheel
 	$(PYTEST) -m "slow and not hub"
+
+explore: env ## Property tests with examples drawn anew: run it when numerics change
+	HYPOTHESIS_PROFILE=explore $(PYTEST) -m "property and not slow"
 
 lint: env ## Style, types and the import contract
 	$(BIN)/ruff check .

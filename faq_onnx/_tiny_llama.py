@@ -79,16 +79,19 @@ class _Builder:
         self._anonymous = 700
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Add a graph input; texts in `shape` are free dimensions."""
         value = ir.val(name, dtype=dtype, shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        """Make a value a graph output, under that name and in the dtype of the decoder."""
         value.name = name
         value.dtype, value.shape = self.dtype, ir.Shape(shape)
         self.graph.outputs.append(value)
 
     def initializer(self, name: str, array: npt.NDArray[np.floating]) -> ir.Value:
+        """Add an initializer; rounds `array` to the dtype of the decoder."""
         tensor = ir.tensor(array.astype(self.spec.dtype), name=name)
         value = ir.val(name, const_value=tensor)
         self.graph.register_initializer(value)
@@ -97,18 +100,21 @@ class _Builder:
     def op(
         self, op_type: str, name: str, *inputs: ir.Value, **attributes: int | Sequence[int]
     ) -> ir.Value:
+        """Append a node of the main domain; its one output, under optimum's name."""
         node = ir.node(op_type, list(inputs), attributes or None, name=name)
         node.outputs[0].name = f"{name}_output_0"
         self.graph.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, array: Array) -> ir.Value:
+        """Append a Constant node, in the dtype of `array`."""
         node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=name)
         node.outputs[0].name = f"{name}_output_0"
         self.graph.append(node)
         return node.outputs[0]
 
     def ints(self, name: str, *numbers: int) -> ir.Value:
+        """Append an int64 Constant [n]: shapes, axes and indices."""
         return self.constant(name, np.array(numbers, np.int64))
 
     def linear(self, name: str, x: ir.Value, weight: npt.NDArray[np.floating]) -> ir.Value:
@@ -267,6 +273,17 @@ class _Attention:
     def build(
         self, b: _Builder, x: ir.Value, past: Sequence[ir.Value], present: list[ir.Value]
     ) -> ir.Value:
+        """Append the block.
+
+        Args:
+            b: The graph so far.
+            x: Normed hidden states, [batch, sequence, hidden].
+            past: Cached key and value, each [batch, kv_heads, past, head_dim].
+            present: Receives both, longer by `sequence`.
+
+        Returns:
+            What o_proj makes of the heads, [batch, sequence, hidden].
+        """
         name, spec = self.name, b.spec
         query = self._rotate(b, self._project(b, x, "q", spec.heads), "q")
         key = self._rotate(b, self._project(b, x, "k", spec.kv_heads), "k")

@@ -13,12 +13,20 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from faq_onnx import budget_stages, checks, package_stages, run_report, stages
-from faq_onnx.artifacts.plan import EmbeddingPlan, SitePlan
+from faq_onnx import (
+    budget_stages,
+    checks,
+    package_stages,
+    quantize_stages,
+    run_report,
+    stages,
+)
+from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import RunReport, StageTime
-from faq_onnx.artifacts.sites import ModelCensus
+from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.calibration.collect import Collector
 from faq_onnx.calibration.corpus import TokenWindows, load_corpus
@@ -27,7 +35,7 @@ from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PackageError
 from faq_onnx.fuse_stages import MODEL_NAME, save_package_model
-from faq_onnx.outline import outline_of_plan
+from faq_onnx.outline import outline_of_plan, planned_weight
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
 from faq_onnx.progress import Progress
@@ -77,17 +85,33 @@ class Run:
                 self.target.check_source(opened.source, opened.model)
             formats = plan_sites(opened.census, self.config)
             tables = plan_embeddings(opened.census, self.config, formats)
-            if self.config.budget is None:  # which chooses others
+            if self.config.budget is None:
                 self.check_target(opened, formats, tables)
+            else:
+                self._look_ahead(opened)
         return opened
+
+    def judge(self, weight: LinearSite | EmbeddingSite, fmt: BlockFormat) -> tuple[Refusal, ...]:
+        """Why the target would not run a weight in that format."""
+        if self.target is None:
+            return ()
+        return self.target.weight_refusals(planned_weight(weight, fmt))
 
     def check_target(
         self,
         opened: stages.OpenedModel,
         sites: Sequence[SitePlan],
         embeddings: Sequence[EmbeddingPlan],
+        *,
+        file_bytes: int | None = None,
     ) -> None:
         """Refuse what the target would not run.
+
+        Args:
+            opened: The float model.
+            sites: A plan for each.
+            embeddings: A plan for each.
+            file_bytes: Of the finished model, where that is not what the plans come to.
 
         Raises:
             UnsupportedFormatError: See `package_stages.check_limits`.
@@ -95,7 +119,21 @@ class Run:
         if self.target is not None:
             fuse = self.config.fuse_attention
             outline = outline_of_plan(opened, sites, embeddings, fuse_attention=fuse)
+            if file_bytes is not None:
+                outline = outline.model_copy(update={"model_bytes": file_bytes})
             package_stages.check_limits(self.target, outline)
+
+    def _look_ahead(self, opened: stages.OpenedModel) -> None:
+        """Refuse a budget that no measurement would help.
+
+        Raises:
+            UnsupportedFormatError: The target runs no format of a weight, or no model like this.
+            PlanError: What it runs is larger than the budget.
+        """
+        found = budget_stages.look_ahead(opened, self.config, self.judge)
+        sites, embeddings = found.sites, found.embeddings
+        self.check_target(opened, sites, embeddings, file_bytes=found.file_bytes)
+        found.check("" if self.target is None else self.target.name)
 
     def tokens(self, opened: stages.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
         """Calibration and held-out windows; the same held-out ones for every method."""
@@ -153,7 +191,9 @@ class Run:
         """Formats and channel scales."""
         if self.config.budget is None or stats is None:
             return make_plan(opened.census, self.config, stats, opened.read, self.progress)
-        planned = budget_stages.plan_under_budget(opened, self.config, stats, self.progress)
+        planned = budget_stages.plan_under_budget(
+            opened, self.config, stats, self.judge, self.progress
+        )
         self.check_target(opened, planned.plan.sites, planned.plan.embeddings)
         return planned
 
@@ -218,10 +258,10 @@ class Run:
     ) -> tuple[float | None, tuple[SiteError, ...]]:
         """Low-bit nodes in the graph; errors of folding and of each site."""
         with self.timed("fold"):
-            marks = stages.rtn_marks(opened, planned)
+            marks = quantize_stages.rtn_marks(opened, planned)
             error = self._fold(opened, planned, reference)
         with self.timed("quantize"):
-            quantized = stages.quantize(
+            quantized = quantize_stages.quantize(
                 opened,
                 planned,
                 stats,
@@ -230,7 +270,7 @@ class Run:
                 self.progress,
                 windows=path_windows(self.config, windows.calibration),
             )
-            stages.rewrite(opened, planned, quantized.weights)
+            quantize_stages.rewrite(opened, planned, quantized.weights)
         return error, quantized.errors
 
     def _fold(
@@ -239,7 +279,7 @@ class Run:
         """Fold the scales and prove on one window that nothing changed."""
         if not planned.scales:
             return None
-        stages.fold(opened, planned)
+        quantize_stages.fold(opened, planned)
         one = dataclasses.replace(reference, windows=reference.windows[:1])
         collector = self._collector(opened)
         folded = collector.logits(one.windows, self.progress, "check the folded model")

@@ -14,7 +14,7 @@ from faq_onnx.report.rows import weight_bytes
 from faq_onnx.stages import OpenedModel
 from faq_onnx.verify.nodes import MATMUL, LowBitNode, low_bit_nodes
 
-__all__ = ["outline_of_model", "outline_of_plan"]
+__all__ = ["outline_of_model", "outline_of_plan", "planned_weight"]
 
 SCALES_INPUT = 2  # of MatMulNBits and GatherBlockQuantized
 BIAS_INPUT = 5  # of MatMulNBits
@@ -96,15 +96,16 @@ def _operators(model: ir.Model) -> tuple[OperatorUse, ...]:
 
 
 def _planned_site(site: LinearSite, plan: SitePlan) -> PlannedWeight:
-    weight = _weight(site, plan.format)
+    weight = planned_weight(site, plan.format)
     return weight.model_copy(update={"accuracy_level": plan.accuracy_level})
 
 
 def _planned_table(table: EmbeddingSite, plan: EmbeddingPlan) -> PlannedWeight:
-    return _weight(table, plan.format)
+    return planned_weight(table, plan.format)
 
 
-def _weight(site: LinearSite | EmbeddingSite, fmt: BlockFormat | None) -> PlannedWeight:
+def planned_weight(site: LinearSite | EmbeddingSite, fmt: BlockFormat | None) -> PlannedWeight:
+    """A weight as targets look at it, in that format; None is float."""
     is_linear = isinstance(site, LinearSite)
     return PlannedWeight(
         place=site.name,

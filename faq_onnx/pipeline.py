@@ -15,7 +15,7 @@ from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import LogitMetrics, VerificationReport
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.conversion import Run, open_stats, work_folder
-from faq_onnx.errors import PackageError
+from faq_onnx.errors import PackageError, UnsupportedFormatError
 from faq_onnx.export import resolve_source
 from faq_onnx.fuse_stages import MODEL_NAME, save_package_model, trial_tokens
 from faq_onnx.outline import outline_of_model, outline_of_plan
@@ -152,17 +152,24 @@ def export(source: str, output: Path, *, progress: Progress = SILENT, force: boo
     return output
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - one argument per option of the command
     source: str,
     output: Path,
     config: QuantizeConfig,
     *,
+    target: str = DEFAULT_TARGET,
+    target_options: Options = _NO_OPTIONS,
     progress: Progress = SILENT,
     force: bool = False,
 ) -> Path:
-    """Collect the statistics that `config` needs into a folder, for `plan` and `apply`."""
+    """Collect the statistics that `config` needs into a folder, for `plan` and `apply`.
+
+    What `target` would not run is refused first, as `convert` does it.
+    """
+    chosen = open_target(target, target_options)
+    config = package_stages.settle(config, chosen)
     with OutputFolder(output, None, force) as out, work_folder(None) as work:
-        run = Run(work, progress, config)
+        run = Run(work, progress, config, chosen)
         opened = run.open(source)
         stats, _reference = run.calibrate(opened, run.tokens(opened))
         _move_files(stats.folder, out.path)
@@ -175,14 +182,21 @@ def plan(  # noqa: PLR0913 - one argument per input of the stage
     config: QuantizeConfig,
     *,
     stats: Path | None = None,
+    target: str = DEFAULT_TARGET,
+    target_options: Options = _NO_OPTIONS,
     progress: Progress = SILENT,
     force: bool = False,
 ) -> QuantPlan:
-    """Decide formats and channel scales, and write them to a folder for `apply`."""
-    budget_stages.check_budget(config)
+    """Decide formats and channel scales, and write them to a folder for `apply`.
+
+    Formats are those that `target` runs, else the plan is refused, as `convert` does it.
+    """
+    chosen = open_target(target, target_options)
+    config = package_stages.settle(config, chosen)
     with OutputFolder(output, None, force) as out, work_folder(None) as work:
-        opened = stages.open_model(source, work, progress)
-        planned = Run(work, progress, config).plan(opened, open_stats(stats, opened))
+        run = Run(work, progress, config, chosen)
+        opened = run.open(source)
+        planned = run.plan(opened, open_stats(stats, opened))
         planned.save(out.path)
         return planned.plan
 
@@ -194,15 +208,30 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     config: QuantizeConfig,
     *,
     stats: Path | None = None,
+    target: str = DEFAULT_TARGET,
+    target_options: Options = _NO_OPTIONS,
     progress: Progress = SILENT,
     force: bool = False,
 ) -> RunReport:
-    """Quantize as a saved plan says, verify, and write the package."""
+    """Quantize as a saved plan says, verify, and write the package of a target.
+
+    Raises:
+        UnsupportedFormatError: The target would not run what was planned.
+    """
+    chosen = open_target(target, target_options)
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
+        chosen.check_source(opened.source, opened.model)
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
-        chosen = open_target(DEFAULT_TARGET)
-        run = Run(work, progress, _as_planned(config, planned.plan), chosen, force)
+        config = package_stages.settle(_as_planned(config, planned.plan), chosen)
+        run = Run(work, progress, config, chosen, force)
+        try:
+            run.check_target(opened, planned.plan.sites, planned.plan.embeddings)
+        except UnsupportedFormatError as error:
+            error.add_note(
+                f"formats are those of {plan}; `faq-onnx plan --target {target}` makes others"
+            )
+            raise
         collected = open_stats(stats, opened)
         check_statistics(planned.plan, opened.census, collected)
         windows = run.tokens(opened, calibrate=run.config.axes.path == "low-bit")
@@ -269,7 +298,7 @@ def _compare(path: Path, source: str, progress: Progress) -> LogitMetrics:
     config = RunReport.load(report).config if report.is_file() else QuantizeConfig()
     with work_folder(None) as work:
         run = Run(work, progress, config)
-        opened = run.open(source)
+        opened = stages.open_model(source, work, progress)
         windows = run.tokens(opened, calibrate=False)
         return checks.compare_to_reference(path, run.reference(opened, windows), progress)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 from faq_onnx.artifacts.plan import GroupPlan, QuantPlan, ScaleApplication
 from faq_onnx.artifacts.sites import ModelCensus
@@ -15,6 +17,12 @@ from faq_onnx.passes import FoldScalesPass
 Scales = dict[str, npt.NDArray[np.float32]]
 MakeScales = Callable[[ModelCensus, bool], Scales]
 MakeFold = Callable[[ModelCensus, Scales, ScaleApplication], FoldScalesPass]
+
+# The same commit has the same result: examples of property tests are a function of the test.
+# `make explore` draws others every time.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ from figures import Figure, Results, paired
 from quality import Bench
 
 SEARCH = "rounding.grid=search"
+FLAT = "rounding.shrinkage=0"  # every row but the last two believes the Gram matrix as it is
 GPTQ = f"{SEARCH} rounding.rounding=gptq"
 WALK = f"{GPTQ} rounding.path=low-bit rounding.path_share=1"
 SETTINGS = (
@@ -31,12 +32,13 @@ SETTINGS = (
 )
 STEPS = {
     "round-to-nearest": "rtn",
-    "+ grid search": f"rtn {SEARCH}",
-    "+ awq scales": f"rtn {SEARCH} scale.statistic=awq",
-    "faq scales instead": f"rtn {SEARCH} scale.statistic=faq",
-    "+ gptq": f"rtn {GPTQ} scale.statistic=faq",
-    "+ low-bit path": (f"rtn {WALK} scale.statistic=faq rounding.correct=false"),
-    "+ correction": f"rtn {WALK} scale.statistic=faq",
+    "+ grid search": f"rtn {SEARCH} {FLAT}",
+    "+ awq scales": f"rtn {SEARCH} {FLAT} scale.statistic=awq",
+    "faq scales instead": f"rtn {SEARCH} {FLAT} scale.statistic=faq",
+    "+ gptq": f"rtn {GPTQ} {FLAT} scale.statistic=faq",
+    "+ low-bit path": (f"rtn {WALK} {FLAT} scale.statistic=faq rounding.correct=false"),
+    "+ correction": f"rtn {WALK} {FLAT} scale.statistic=faq",
+    "+ shrinkage": f"rtn {WALK} scale.statistic=faq",
 }
 
 

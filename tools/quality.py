@@ -22,7 +22,7 @@ from figures import Figure
 from model_files import bits_per_weight, evaluate_file, set_accuracy_level
 from work import load_windows
 
-from faq_onnx import stages
+from faq_onnx import quantize_stages, stages
 from faq_onnx.analysis import canonicalise
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector
@@ -153,7 +153,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             quantized = self.quantize(fresh, planned, stats, Path(folder) / "weights")
             bits = bits_per_weight(quantized.weights)
-            stages.rewrite(fresh, planned, quantized.weights)
+            quantize_stages.rewrite(fresh, planned, quantized.weights)
             quantize_s = time.perf_counter() - start
             figures = []
             for level in levels:
@@ -179,15 +179,17 @@ class Bench:
         planned: PlannedModel,
         stats: CalibrationStats | None,
         folder: Path,
-    ) -> stages.Quantized:
+    ) -> quantize_stages.Quantized:
         """Fold the scales into a fresh model and quantize it as `convert` would."""
         if planned.scales:
-            stages.fold(fresh, planned)
+            quantize_stages.fold(fresh, planned)
         config = planned.plan.config or QuantizeConfig()
         if stats is None:
             stats = self.stats_for(config)
         windows = path_windows(config, self.windows)
-        return stages.quantize(fresh, planned, stats, {}, folder, self.progress, windows=windows)
+        return quantize_stages.quantize(
+            fresh, planned, stats, {}, folder, self.progress, windows=windows
+        )
 
     def fresh(self) -> stages.OpenedModel:
         """The model once more: conversions change the graph."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import quality
 from model_files import evaluate_file
 
-from faq_onnx import stages
+from faq_onnx import quantize_stages
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.graph.io import save_model
@@ -88,7 +88,7 @@ def _write(
 ) -> None:
     fresh = bench.fresh()
     quantized = bench.quantize(fresh, planned, stats, path.with_suffix(".weights"))
-    stages.rewrite(fresh, planned, quantized.weights)
+    quantize_stages.rewrite(fresh, planned, quantized.weights)
     save_model(fresh.model, path)
 
 

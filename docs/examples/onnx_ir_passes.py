@@ -23,6 +23,7 @@ class TagLowBitNodesPass(ir.passes.InPlacePass):
     """A pass of your own."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Mark every MatMulNBits; says whether there was one."""
         nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
         for node in nodes:
             node.metadata_props["made_by"] = "onnx_ir_passes.py"
@@ -30,6 +31,7 @@ class TagLowBitNodesPass(ir.passes.InPlacePass):
 
 
 def main(source: Path, output: Path) -> None:
+    """Run our passes and yours over the model in `source`; writes `output`."""
     model = ir.load(source)
     canonicalise(model)  # one form for what exporters write in many
 

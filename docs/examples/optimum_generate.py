@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 
 def main(folder: str, prompt: str) -> None:
+    """Continue a prompt by 16 greedy tokens; prints ids and text as JSON."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ORTModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

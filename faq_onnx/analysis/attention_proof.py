@@ -46,6 +46,7 @@ class _Probe:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Rows, new tokens, cached tokens and both together, under the names of dimensions."""
         length = max(self.lengths)
         total = self.past + length
         return {BATCH: len(self.lengths), LENGTH: length, PAST: self.past, TOTAL: total}

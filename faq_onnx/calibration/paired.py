@@ -77,11 +77,6 @@ class PairedWalk:
     attention_aware: bool = False
     _diverged: set[str] = dataclasses.field(default_factory=set, init=False)
 
-    def reachable(self, groups: Iterable[str]) -> list[str]:
-        """Those of the groups (names) that `run` will stop at: their input crosses two parts."""
-        parts, stops = self._plan(set(groups))
-        return [stop.group.name for part in parts for stop in stops.get(part.index, ())]
-
     def run(
         self,
         windows: npt.NDArray[np.int64],

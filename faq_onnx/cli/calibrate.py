@@ -15,6 +15,8 @@ examples:
   faq-onnx calibrate model.onnx -o stats/ --calibration notes.txt --samples 128
   faq-onnx calibrate model.onnx -o stats/ --budget 3bpw
       also measures what each weight's rounding does to the logits, for any budget
+  faq-onnx calibrate model.onnx -o stats/ --target qnn
+      for `plan --target qnn`, which may scale other weights than the default target
 
 The same input and seed give the same statistics. `plan --stats` and `apply --stats` use them.
 read on: docs/cli.md"""
@@ -27,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_source(parser)
     options.add_output(parser, "the folder of statistics")
     options.add_force(parser, "replace an existing OUT")
+    options.add_target(parser)
     options.add_common(parser)
     options.add_config(parser, *options.GROUPS)
 
@@ -35,8 +38,15 @@ def run(args: argparse.Namespace) -> None:
     """Calibrate and print where the statistics are."""
     config = options.read_config(args)
     from faq_onnx import pipeline  # noqa: PLC0415 - heavy, and --help must be instant
+    from faq_onnx.targets.opening import split_options  # noqa: PLC0415 - as above
 
     path = pipeline.calibrate(
-        args.source, args.output, config, progress=open_progress(args), force=args.force
+        args.source,
+        args.output,
+        config,
+        target=args.target,
+        target_options=split_options(args.target_option),
+        progress=open_progress(args),
+        force=args.force,
     )
     print_result(args, {"output": str(path)}, str(path))

@@ -79,6 +79,11 @@ class _Parser(argparse.ArgumentParser):
     """Raises instead of leaving the process, so that `main` is the one way out."""
 
     def error(self, message: str) -> NoReturn:
+        """Say what argparse says, and where to read on.
+
+        Raises:
+            ConfigError: Always.
+        """
         raise ConfigError(f"{message}\n  `{self.prog} --help` shows what there is")
 
 

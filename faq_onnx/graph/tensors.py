@@ -32,6 +32,7 @@ class InitializerSlot:
 
     @tensor.setter
     def tensor(self, tensor: ir.TensorProtocol) -> None:
+        """Hold another one; the value keeps its dtype and shape."""
         self.value.const_value = tensor
 
 
@@ -54,6 +55,7 @@ class AttributeSlot:
 
     @tensor.setter
     def tensor(self, tensor: ir.TensorProtocol) -> None:
+        """Hold another one, in a new attribute of the same name."""
         self.node.attributes[self.attribute] = ir.AttrTensor(self.attribute, tensor)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Candidate",
     "CurvePoint",
     "allocate",
+    "check_size",
     "parse_budget",
     "scale_bytes_of",
     "scale_dtype_of",
@@ -166,6 +167,26 @@ def scale_bytes_of(dtype: str) -> int:
     return np.dtype(scale_dtype_of(dtype)).itemsize
 
 
+def check_size(
+    budget: Budget, sizes: Sequence[Sequence[int]], weights: int, fixed_bytes: int = 0
+) -> None:
+    """What `allocate` would say of a size, without KLs: known before anything is measured.
+
+    Args:
+        budget: One of KL is never refused here.
+        sizes: Bytes of the candidates of each item.
+        weights: Of all items.
+        fixed_bytes: As for `allocate`.
+
+    Raises:
+        PlanError: Not even the smallest candidates fit; says the smallest possible value.
+    """
+    least, most = sum(map(min, sizes)), sum(map(max, sizes))
+    count = max(1, weights)
+    smallest = CurvePoint(least, 8 * least / count, math.inf)
+    _check_reachable(budget, smallest, CurvePoint(most, 8 * most / count, 0.0), fixed_bytes)
+
+
 def allocate(items: Sequence[BudgetItem], budget: Budget, fixed_bytes: int = 0) -> Allocation:
     """Choose a candidate for every item; the same input always gives the same choice.
 
@@ -179,7 +200,7 @@ def allocate(items: Sequence[BudgetItem], budget: Budget, fixed_bytes: int = 0) 
     steps = _steps(hulls)
     weights = max(1, sum(item.weights for item in items))
     curve = _curve(hulls, steps, weights)
-    _check_reachable(budget, curve, fixed_bytes)
+    _check_reachable(budget, curve[0], curve[-1], fixed_bytes)
     if budget.kind is BudgetKind.BYTES:
         budget = Budget(BudgetKind.BYTES, budget.limit - fixed_bytes)
     taken = _prefix(budget, curve)
@@ -256,8 +277,9 @@ def _room(budget: Budget, weights: int) -> int:
     return math.floor(budget.limit * weights / 8 if in_bits else budget.limit)
 
 
-def _check_reachable(budget: Budget, curve: Sequence[CurvePoint], fixed_bytes: int) -> None:
-    smallest, best = curve[0], curve[-1]
+def _check_reachable(
+    budget: Budget, smallest: CurvePoint, best: CurvePoint, fixed_bytes: int
+) -> None:
     value, shown = {
         BudgetKind.BITS_PER_WEIGHT: (smallest.bpw, "{:.4g}bpw"),
         BudgetKind.BYTES: (smallest.bytes + fixed_bytes, "{:.4g}MB"),
@@ -269,7 +291,7 @@ def _check_reachable(budget: Budget, curve: Sequence[CurvePoint], fixed_bytes: i
         fixed = f", {fixed_bytes / 1e6:.4g}MB stay as they are" if fixed_bytes else ""
         msg = (
             f"--budget {budget} cannot be met: the smallest possible value is {shown} "
-            f"({smallest.bpw:.3g} to {best.bpw:.3g} bits per weight were tried{fixed}); allow "
+            f"({smallest.bpw:.3g} to {best.bpw:.3g} bits per weight compete{fixed}); allow "
             "more, or keep less of the model float (--exclude, --lm-head, --embedding)"
         )
         raise PlanError(msg)

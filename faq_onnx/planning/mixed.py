@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
+from faq_onnx.artifacts.plan import EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sensitivity import Sensitivities
-from faq_onnx.artifacts.sites import EmbeddingSite, ModelCensus
+from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.trade_off import TradeOff, TradeOffPoint
 from faq_onnx.config import QuantizeConfig
@@ -27,10 +27,8 @@ from faq_onnx.planning.budget import (
     CurvePoint,
     allocate,
     parse_budget,
-    scale_bytes_of,
 )
-from faq_onnx.planning.candidates import FORMATS, FormatCandidates
-from faq_onnx.planning.formats import plan_sites
+from faq_onnx.planning.candidates import FORMATS, FormatCandidates, Judge, run_anywhere
 from faq_onnx.planning.prediction import KLPredictor, ReadTable, ReadWeight
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.quant.threads import map_in_threads
@@ -41,7 +39,6 @@ __all__ = ["MixedFormats", "MixedPlanner", "describe_trade_off"]
 # quarter higher, so a KL budget is spent up to here.
 KL_SHARE = 0.8
 CURVE_POINTS = 64  # of hundreds, for the report
-BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,7 @@ class MixedPlanner:
         read_table: Table of an embedding, float32 [rows, width].
         formats: (bits, block size) that compete, with and without zero points.
         other_bytes: Of the file that are not weights of sites or embeddings.
+        judge: What it refuses does not compete.
     """
 
     census: ModelCensus
@@ -86,6 +84,7 @@ class MixedPlanner:
     read_table: ReadTable
     formats: Sequence[tuple[int, int]] = FORMATS
     other_bytes: int = 0
+    judge: Judge = run_anywhere
 
     def choose(self, budget: Budget, progress: Progress = SILENT) -> MixedFormats:
         """Spread the budget.
@@ -95,22 +94,16 @@ class MixedPlanner:
             ConfigError: A pattern of `exclude` fits no site.
         """
         measured = frozenset(self.sensitivities.per_error())
-        candidates = FormatCandidates(self.census, self.config, measured, self.formats)
-        options, shared = candidates.of_sites(), candidates.shared
-        items = self._predict(candidates, options, progress)
-        competing = {item.name for item in items}
-        fixed = self.other_bytes + self._fixed_bytes(competing, shared)
+        candidates = FormatCandidates(self.census, self.config, measured, self.formats, self.judge)
+        items = self._predict(candidates, progress)
+        fixed = self.other_bytes + candidates.fixed_bytes
         allocation = allocate(items, _with_margin(budget, items), fixed)
         chosen = {name: candidate.format for name, candidate in allocation.choice.items()}
-        sites, tables = self._chosen_sites(options, chosen), self._chosen_tables(shared, chosen)
-        return MixedFormats(sites, tables, allocation, fixed)
+        return MixedFormats(
+            candidates.site_plans(chosen), candidates.table_plans(chosen), allocation, fixed
+        )
 
-    def _predict(
-        self,
-        candidates: FormatCandidates,
-        options: Mapping[str, Sequence[SitePlan]],
-        progress: Progress,
-    ) -> list[BudgetItem]:
+    def _predict(self, candidates: FormatCandidates, progress: Progress) -> list[BudgetItem]:
         """What each weight could have, and at which KL."""
         predictor = KLPredictor(
             self.census,
@@ -121,11 +114,11 @@ class MixedPlanner:
             self.read_table,
         )
         work: list[Callable[[], BudgetItem]] = []
-        for name, plans in options.items():
+        for name, plans in candidates.of_sites.items():
             site, table = self.census.site(name), candidates.shared.get(name)
             work.append(functools.partial(predictor.of_site, site, plans, table))
         tables = {table.name: table for table in self.census.embeddings}
-        for name, formats in candidates.of_tables().items():
+        for name, formats in candidates.of_tables.items():
             work.append(functools.partial(predictor.of_table, tables[name], formats))
         items = []
         with progress.stage("predict KL", len(work), "weights") as advance:
@@ -133,47 +126,6 @@ class MixedPlanner:
                 items.append(item)
                 advance(1)
         return items
-
-    def _fixed_bytes(self, competing: set[str], shared: Mapping[str, EmbeddingSite]) -> int:
-        """Size of what does not compete; an initializer that several read counts once."""
-        sizes: dict[str, int] = {}
-        plans = {plan.site: plan.format for plan in plan_sites(self.census, self.config)}
-        for site in self.census.sites:
-            fmt = plans[site.name]
-            if site.name in competing:
-                continue
-            shape = (site.out_features, site.in_features)
-            if fmt is None:
-                sizes[site.weight] = shape[0] * shape[1] * BYTES_OF[site.dtype]
-            else:
-                sizes[site.name] = fmt.weight_bytes(*shape, scale_bytes_of(site.dtype))
-        handed_on = {table.name for table in shared.values()}
-        for table in self.census.embeddings:
-            if table.name not in competing | handed_on:
-                sizes[table.weight] = table.rows * table.width * BYTES_OF[table.dtype]
-        return sum(sizes.values())
-
-    def _chosen_sites(
-        self, options: Mapping[str, Sequence[SitePlan]], chosen: Mapping[str, BlockFormat | None]
-    ) -> tuple[SitePlan, ...]:
-        return tuple(
-            next((p for p in options.get(plan.site, ()) if p.format == chosen[plan.site]), plan)
-            for plan in plan_sites(self.census, self.config)
-        )
-
-    def _chosen_tables(
-        self, shared: Mapping[str, EmbeddingSite], chosen: Mapping[str, BlockFormat | None]
-    ) -> tuple[EmbeddingPlan, ...]:
-        heads = {table.name: head for head, table in shared.items() if head in chosen}
-        plans = []
-        for table in self.census.embeddings:
-            head = heads.get(table.name)
-            fmt = chosen.get(head or table.name)
-            reason = "" if fmt else "kept float"
-            plans.append(
-                EmbeddingPlan(embedding=table.name, format=fmt, shared_with=head, reason=reason)
-            )
-        return tuple(plans)
 
 
 def _with_margin(budget: Budget, items: Sequence[BudgetItem]) -> Budget:

@@ -24,6 +24,7 @@ from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PlanError, StatsMismatchError
 from faq_onnx.planning.budget import parse_budget
+from faq_onnx.planning.candidates import Judge, run_anywhere
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.mixed import MixedPlanner, describe_trade_off
 from faq_onnx.planning.prediction import ReadTable
@@ -135,6 +136,7 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
     sensitivities: Sensitivities | None = None,
     read_table: ReadTable | None = None,
     other_bytes: int = 0,
+    judge: Judge = run_anywhere,
 ) -> PlannedModel:
     """Decide formats and channel scales.
 
@@ -147,6 +149,7 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
         sensitivities: What each weight's error does to the logits; only a budget needs them.
         read_table: The float table of an embedding, float32 [rows, width]; for a budget, too.
         other_bytes: Size of the file without the weights of sites and embeddings.
+        judge: Formats that it refuses do not compete under a budget.
 
     Raises:
         PlanError: The wish cannot be planned, or statistics are missing.
@@ -163,7 +166,7 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
         raise PlanError(msg)
     else:
         mixer = MixedPlanner(census, config, stats, sensitivities, read_weight, read_table)
-        mixer = dataclasses.replace(mixer, other_bytes=other_bytes)
+        mixer = dataclasses.replace(mixer, other_bytes=other_bytes, judge=judge)
         mixed = mixer.choose(parse_budget(config.budget), progress)
         sites, embeddings = mixed.sites, mixed.embeddings
         trade_off = describe_trade_off(config.budget, mixed)

@@ -23,7 +23,7 @@ from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.quant.gptq import GramFactor, round_gptq
 from faq_onnx.quant.uniform import BlockGrid, dequantize, round_to_grid, to_blocks
 
-__all__ = ["head_losses", "round_boa"]
+__all__ = ["round_boa"]
 
 Matrix = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -77,22 +77,6 @@ def round_boa(  # noqa: PLR0913 - two metrics and their knobs
     changes = _changes(weight, grid, nearest, codes, factors, gram_out)
     better = np.repeat(changes < 0, size)
     return np.where(better[:, np.newaxis, np.newaxis], codes, nearest)
-
-
-def head_losses(
-    delta: npt.NDArray[np.floating],
-    gram_in: npt.NDArray[np.floating],
-    gram_out: npt.NDArray[np.floating],
-) -> npt.NDArray[np.float64]:
-    """tr(H_out dW H_in dW^T) of each head: float64 [heads].
-
-    Args:
-        delta: dW, [heads * d, K].
-        gram_in: H_in of all heads, [K, K] or [1, K, K], or [heads, K, K].
-        gram_out: H_out, [heads, d, d].
-    """
-    heads = delta.reshape(*gram_out.shape[:2], -1)
-    return _traces(heads @ gram_in, heads, gram_out)
 
 
 def _per_head(

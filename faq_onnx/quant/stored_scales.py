@@ -76,8 +76,8 @@ class ScaleUnit:
         """Nearest storable scales, float32: of whole rows [N, k_blocks], or of one block [N]."""
         unit = self._beside(scale)
         multiple = np.clip(np.rint(np.abs(scale) / unit), np.float32(1), np.float32(self.largest))
-        signed = np.copysign(multiple, scale) if self.largest != LPBQ_MULTIPLES else multiple
-        return self._value(signed, unit)
+        negative = (scale < 0) & (self.largest != LPBQ_MULTIPLES)  # -0 is not: a block of zeros
+        return self._value(np.where(negative, -multiple, multiple), unit)
 
     def multiples(self, scale: Floats) -> npt.NDArray[Any]:
         """Integers that rounded scales [N, k_blocks] stand for: uint8, or int8 where they fit."""

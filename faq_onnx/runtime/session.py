@@ -47,12 +47,11 @@ _TOO_NEW = re.compile(
 )
 
 
-def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
+def open_session(
     model: Path | bytes,
     *,
     threads: int | None = None,
     prepack: bool = True,
-    optimize: bool = True,
     verbose: bool = False,
     config: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
@@ -63,7 +62,6 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
         threads: Threads inside an operator; None lets onnxruntime take all cores.
         prepack: Keep weights a second time in the layout of the kernels: faster, more memory.
             Never False for low-bit models: MatMulNBits then dequantizes its weight on every call.
-        optimize: False keeps the graph as written (no fusions).
         verbose: Write onnxruntime's INFO log to stderr, for `captured_log`.
         config: Session configuration entries, e.g. {"mlas.qnbit.force_fp32": "1"}.
 
@@ -78,8 +76,6 @@ def open_session(  # noqa: PLR0913  each is one switch of onnxruntime
         options.intra_op_num_threads = threads
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     session = _open(model, options)

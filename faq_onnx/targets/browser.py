@@ -225,6 +225,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     extra_headers: Mapping[str, str] = MappingProxyType({})
 
     def end_headers(self) -> None:
+        """Send what is common to all answers, then what the base class sends."""
         for name, value in self.extra_headers.items():
             self.send_header(name, value)
         super().end_headers()

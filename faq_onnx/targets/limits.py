@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from faq_onnx.artifacts.plan import BlockFormat
-from faq_onnx.artifacts.target import ModelOutline, PlannedWeight, Refusal
+from faq_onnx.artifacts.target import PlannedWeight, Refusal
 from faq_onnx.quant.formats import PROVIDERS, Provider, ProviderLimits
 
 __all__ = ["nearest", "provider_refusals"]
 
 
-def provider_refusals(outline: ModelOutline, provider: Provider) -> tuple[Refusal, ...]:
-    """Low-bit weights in formats that the provider has no kernel for."""
-    limits = PROVIDERS[provider]
-    found = (
-        _refusal(weight, weight.format, limits, provider.value)
-        for weight in outline.weights
-        if weight.format is not None
-    )
-    return tuple(refusal for refusal in found if refusal is not None)
+def provider_refusals(weight: PlannedWeight, provider: Provider) -> tuple[Refusal, ...]:
+    """Why a provider has no kernel for a weight of that format; a float one is never refused."""
+    if weight.format is None:
+        return ()
+    refusal = _refusal(weight, weight.format, PROVIDERS[provider], provider.value)
+    return () if refusal is None else (refusal,)
 
 
 def nearest(value: int, allowed: Sequence[int]) -> int:

@@ -32,7 +32,6 @@ from faq_onnx.runtime.reference import (
     token_agreement,
 )
 from faq_onnx.runtime.session import open_session
-from faq_onnx.targets.limits import provider_refusals
 from faq_onnx.targets.phone import phone_notes, phone_table
 from faq_onnx.targets.protocol import PackageJob, Target
 from faq_onnx.targets.versions import installed_versions
@@ -54,20 +53,19 @@ class OrtMobileTarget(Target):
 
     name: ClassVar[str] = "ort-mobile"
 
-    def refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
-        """Formats without a kernel, and files that a flatbuffer cannot hold."""
-        found = provider_refusals(outline, self.provider)
+    def model_refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
+        """Files that a flatbuffer cannot hold."""
         size = ort_bytes(outline)
         if size <= LARGEST_FILE:
-            return found
+            return ()
         too_large = Refusal(
             place="the model",
             found=f"about {size / 1e9:.2f} GB",
             allowed=f"{LARGEST_FILE / 1e9:.2f} GB, since an .ort file is one flatbuffer",
-            way_out="fewer --bits, a larger --block-size, or --target genai, whose ONNX file may "
-            "have its weights beside it",
+            way_out="fewer --bits, a larger --block-size, a smaller --budget, or --target genai, "
+            "whose ONNX file may have its weights beside it",
         )
-        return (*found, too_large)
+        return (too_large,)
 
     def package(self, job: PackageJob) -> PackageFacts:
         """Write model.ort and required_operators.config in place of model.onnx.

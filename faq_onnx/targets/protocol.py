@@ -14,6 +14,7 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.target import (
     ModelOutline,
     PackageFacts,
+    PlannedWeight,
     Reference,
     Refusal,
     TargetProof,
@@ -88,7 +89,19 @@ class Target(abc.ABC):
 
     def refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
         """What would not run there, known before the work."""
-        return provider_refusals(outline, self.provider)
+        found = (refusal for each in outline.weights for refusal in self.weight_refusals(each))
+        return (*found, *self.model_refusals(outline))
+
+    def weight_refusals(self, weight: PlannedWeight) -> tuple[Refusal, ...]:
+        """What of one weight would not run there, whatever the rest of the model is.
+
+        Of the formats that compete under a budget, those with a refusal are left out.
+        """
+        return provider_refusals(weight, self.provider)
+
+    def model_refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:  # noqa: ARG002
+        """What of the model as a whole would not run there: its size, inputs and operators."""
+        return ()
 
     @abc.abstractmethod
     def package(self, job: PackageJob) -> PackageFacts:

@@ -16,6 +16,7 @@ from faq_onnx.artifacts.target import (
     FactTable,
     ModelOutline,
     PackageFacts,
+    PlannedWeight,
     ProofCheck,
     Reference,
     Refusal,
@@ -26,10 +27,9 @@ from faq_onnx.progress import Progress
 from faq_onnx.quant.formats import Provider
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
-from faq_onnx.targets.limits import provider_refusals
 from faq_onnx.targets.protocol import PackageJob, Target, TargetOptions
 from faq_onnx.targets.qnn_graphs import DECODE, PREFILL, Lengths, write_graphs
-from faq_onnx.targets.qnn_limits import ARCHITECTURES, graph_refusals, weight_refusals
+from faq_onnx.targets.qnn_limits import ARCHITECTURES, form_refusals, graph_refusals
 from faq_onnx.targets.qnn_runtime import (
     EXTRA,
     PROVIDER,
@@ -111,11 +111,13 @@ class QnnTarget(Target):
         assert isinstance(self.options, QnnOptions)
         return self.options
 
-    def refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
-        """Formats, forms of nodes, operators, and inputs."""
-        forms = (refusal for weight in outline.weights for refusal in weight_refusals(weight))
-        formats = provider_refusals(outline, self.provider)
-        return (*formats, *forms, *graph_refusals(outline))
+    def weight_refusals(self, weight: PlannedWeight) -> tuple[Refusal, ...]:
+        """Formats, and forms of nodes."""
+        return (*super().weight_refusals(weight), *form_refusals(weight))
+
+    def model_refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
+        """Operators, and inputs."""
+        return tuple(graph_refusals(outline))
 
     def package(self, job: PackageJob) -> PackageFacts:
         """Write both graphs and compile them."""

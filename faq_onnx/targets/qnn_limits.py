@@ -11,7 +11,7 @@ from types import MappingProxyType
 from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight, Refusal
 from faq_onnx.runtime.feeds import InputKind
 
-__all__ = ["ARCHITECTURES", "graph_refusals", "weight_refusals"]
+__all__ = ["ARCHITECTURES", "form_refusals", "graph_refusals"]
 
 # By architecture of the NPU: a chip that has it, by the number that QNN knows it by.
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
@@ -61,7 +61,7 @@ def graph_refusals(outline: ModelOutline) -> Iterator[Refusal]:
             )
 
 
-def weight_refusals(weight: PlannedWeight) -> Iterator[Refusal]:
+def form_refusals(weight: PlannedWeight) -> Iterator[Refusal]:
     """Forms of MatMulNBits that other tools write."""
     if weight.kind == "linear" and weight.float_zero_points:
         yield Refusal(

@@ -86,29 +86,31 @@ class WebTarget(Target):
         find_libraries(self.options.node_modules)
         check_decoder(source, model)
 
-    def refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
-        """Formats that WebGPU has no kernel for, and sizes that no browser holds."""
-        found = list(super().refusals(outline))
-        if outline.model_bytes > LARGEST_MODEL_BYTES:
-            found.append(
-                Refusal(
-                    place="the model",
-                    found=f"{outline.model_bytes / 1e9:.1f} GB",
-                    allowed=f"{LARGEST_MODEL_BYTES / 1e9:.1f} GB (WebAssembly addresses 4 GiB)",
-                    way_out="fewer bits (--bits 4, --lm-head 4), or a smaller model",
-                )
-            )
-        found += [
-            Refusal(
-                place=weight.place,
-                found=f"a tensor of {_weight_bytes(weight) / 1e9:.1f} GB",
-                allowed="2.1 GB, the largest array of a browser",
-                way_out="--embedding 4" if weight.kind == "embedding" else "--bits 4 --lm-head 4",
-            )
-            for weight in outline.weights
-            if _weight_bytes(weight) > LARGEST_TENSOR_BYTES
-        ]
-        return tuple(found)
+    def weight_refusals(self, weight: PlannedWeight) -> tuple[Refusal, ...]:
+        """Formats that WebGPU has no kernel for, and tensors that no browser holds."""
+        found = super().weight_refusals(weight)
+        size = _weight_bytes(weight)
+        if size <= LARGEST_TENSOR_BYTES:
+            return found
+        too_large = Refusal(
+            place=weight.place,
+            found=f"a tensor of {size / 1e9:.1f} GB",
+            allowed="2.1 GB, the largest array of a browser",
+            way_out="--embedding 4" if weight.kind == "embedding" else "--bits 4 --lm-head 4",
+        )
+        return (*found, too_large)
+
+    def model_refusals(self, outline: ModelOutline) -> tuple[Refusal, ...]:
+        """Sizes that no browser holds."""
+        if outline.model_bytes <= LARGEST_MODEL_BYTES:
+            return ()
+        too_large = Refusal(
+            place="the model",
+            found=f"{outline.model_bytes / 1e9:.1f} GB",
+            allowed=f"{LARGEST_MODEL_BYTES / 1e9:.1f} GB (WebAssembly addresses 4 GiB)",
+            way_out="fewer bits (--bits 4, --lm-head 4, a smaller --budget), or a smaller model",
+        )
+        return (too_large,)
 
     def package(self, job: PackageJob) -> PackageFacts:
         """Put weights beside the model, and the page with its libraries around it."""

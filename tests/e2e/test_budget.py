@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
+from faq_onnx.artifacts.package import PackageManifest
+from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.artifacts.sensitivity import Sensitivities
 from faq_onnx.artifacts.sites import Tie
+from faq_onnx.targets import qnn_runtime
 from faq_onnx.testing import TinyLlama
 
 MakeSource = Callable[..., Path]
@@ -126,7 +130,7 @@ def test_stages_and_a_second_run_give_the_same_bytes(
 
 
 def _sites(cli: Any, source: Path) -> list[str]:
-    return [site["name"] for site in cli.run("inspect", source, "--json", "-q").json["sites"]]
+    return [site["name"] for site in _sites_of(cli, source)]
 
 
 @pytest.mark.slow
@@ -246,3 +250,112 @@ def test_exports_of_other_tools(cli: Any, tmp_path: Path, name: str) -> None:
     assert report.totals.output_bytes <= report.trade_off.chosen.bytes
     # random weights: the sum of small errors, within what their interaction was seen to add
     assert report.verification.logits.kl_nats < 4 * report.trade_off.chosen.kl
+
+
+# --- limits of a target --------------------------------------------------------------------
+
+# K is 48, 96 and 48: of all block sizes, Qualcomm's NPU takes 16 at 4 bits, and 32 for one site.
+NARROW = TinyLlama(layers=1, hidden=48, heads=3, kv_heads=1, intermediate=96)
+
+
+def test_only_formats_that_the_target_runs_compete(
+    cli: Any, make_source: MakeSource, tmp_path: Path
+) -> None:
+    narrow = make_source(NARROW)
+    stats, plan, padded = (tmp_path / name for name in ("stats", "plan", "padded"))
+    words = ("--method", "rtn", "--embedding", "auto", "--budget", "5.8bpw")
+    npu = ("--target", "qnn")
+    assert cli.quick("calibrate", narrow, "-o", stats, *words, *npu).code == 0
+    done = cli.quick("plan", narrow, "-o", plan, "--stats", stats, *words, *npu)
+    assert done.code == 0, done.err
+    found = QuantPlan.load(plan / "plan.json")
+    widths = {site["name"]: site["in_features"] for site in _sites_of(cli, narrow)}
+    for site in found.sites:
+        assert site.format is not None
+        assert widths[site.site] % site.format.block_size == 0
+    assert [table.format for table in found.embeddings] == [None]
+    done = cli.quick("plan", narrow, "-o", padded, "--stats", stats, *words)
+    assert done.code == 0, done.err
+    free = QuantPlan.load(padded / "plan.json")
+    assert any(p.format and widths[p.site] % p.format.block_size for p in free.sites)
+    assert found.trade_off is not None
+    assert free.trade_off is not None
+    assert found.trade_off.curve[0].bits_per_weight > free.trade_off.curve[0].bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("spec", "words", "reasons"),
+    [
+        (
+            TinyLlama(layers=1, hidden=40, heads=5, kv_heads=1),  # no block divides 40
+            "--budget 5bpw",
+            ("would not run on qnn", "K=40", "allowed a float weight", "--exclude"),
+        ),
+        (
+            NARROW,
+            "--budget 4bpw",
+            ("cannot be met", "smallest possible value is", "formats that qnn does not run"),
+        ),
+        (TinyLlama(layers=1), "--budget 5bpw --embedding 4", ("--embedding keep",)),
+        (
+            TinyLlama(layers=1, tie=Tie.SHARED),
+            "--budget kl<=0.5 --embedding shared",
+            ("an embedding in", "--embedding keep"),
+        ),
+    ],
+    ids=["no format", "no size", "a table", "a shared table"],
+)
+def test_what_a_target_cannot_run_is_refused_before_measuring(  # noqa: PLR0913, PLR0917 - fixtures
+    cli: Any,
+    make_source: MakeSource,
+    scratch: Path,
+    spec: TinyLlama,
+    words: str,
+    reasons: tuple[str, ...],
+) -> None:
+    narrow = make_source(spec)
+    unread = ("--calibration", scratch / "never-opened.txt")
+    npu = ("--target", "qnn", "--method", "rtn", *words.split())
+    done = cli.quick("convert", narrow, "-o", scratch / "out", *npu, *unread)
+    assert (done.code, list(scratch.iterdir())) == (5, []), done.err
+    for reason in reasons:
+        assert reason in done.err
+    assert "never-opened" not in done.err
+
+
+def test_the_smallest_size_that_is_named_can_be_had(
+    cli: Any, make_source: MakeSource, tmp_path: Path
+) -> None:
+    """What is said without measuring is what the planner finds afterwards."""
+    narrow = make_source(NARROW)
+    words = ("--method", "rtn", "--target", "qnn")
+    done = cli.quick("calibrate", narrow, "-o", tmp_path / "no", *words, "--budget", "1bpw")
+    assert done.code == 5
+    smallest = done.err.partition("smallest possible value is ")[2].partition("bpw")[0]
+    stats, plan = tmp_path / "stats", tmp_path / "plan"
+    wish = (*words, "--budget", f"{smallest}bpw")
+    assert cli.quick("calibrate", narrow, "-o", stats, *wish).code == 0
+    done = cli.quick("plan", narrow, "-o", plan, "--stats", stats, *wish)
+    assert done.code == 0, done.err
+
+
+def _sites_of(cli: Any, source: Path) -> list[dict[str, Any]]:
+    sites: list[dict[str, Any]] = cli.run("inspect", source, "--json", "-q").json["sites"]
+    return sites
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not qnn_runtime.is_here(), reason="onnxruntime-qnn is an extra")
+def test_mixed_formats_compile_for_qualcomms_npu(cli: Any, tmp_path: Path) -> None:
+    source = FIXTURES / "optimum-qwen3-untied-fp32"
+    out, tokens = tmp_path / "out", tmp_path / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(3, 150, (8, 64)))
+    words = ("--method", "rtn", "--budget", "5.2bpw", "--calibration", tokens, "--target", "qnn")
+    small = ("--target-option", "prompt_tokens=16", "--target-option", "context=64")
+    done = cli.quick("convert", source, "-o", out, *words, *small)
+    assert done.code == 0, done.err
+    proof = PackageManifest.load(out / "package.json").proof
+    assert [check.passed for check in proof.checks] == [True, True, True]
+    report = _report(out)
+    assert len({(row.code_bits, row.block_size) for row in report.sites}) > 1
+    assert all(row.in_features % (row.block_size or 1) == 0 for row in report.sites)

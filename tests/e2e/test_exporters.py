@@ -407,29 +407,27 @@ def test_low_bit_path_of_every_kind_of_export(name: str, tmp_path: Path) -> None
 
 
 @each_fixture
-def test_paired_walk_reaches_every_group(fixture: Fixture, tmp_path: Path) -> None:
-    model, census = load(fixture.name), census_of(fixture.name)
-    names = [group.name for group in census.groups]
-    walk = PairedWalk(model, census, tmp_path)
-    assert walk.reachable(names) == names
-
-
-@each_fixture
-def test_paired_walk_sees_attention(fixture: Fixture, tmp_path: Path) -> None:
+def test_paired_walk_reaches_all_groups_and_sees_attention(
+    fixture: Fixture, tmp_path: Path
+) -> None:
     """Where a graph computes attention in steps; norms of queries and keys hide theirs."""
     model = canonicalise(load_model(fixture.path / "model.onnx"))
     census = take_census(model, fixture.config())
     rows: set[str] = set()
     inputs: set[str] = set()
+    reached: list[str] = []
 
-    def solve(_group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+    def solve(group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+        reached.append(group.name)
         attention = halves[0].attention
         rows.update(attention.rows)
         inputs.update(attention.inputs)
         return {}
 
     ids = np.random.default_rng(0).integers(0, 64, (4, 16))
-    PairedWalk(model, census, tmp_path, True).run(ids, [g.name for g in census.groups], solve)
+    names = [group.name for group in census.groups]
+    PairedWalk(model, census, tmp_path, True).run(ids, names, solve)
+    assert reached == names
     by_role = {
         role: {site.name for site in census.sites if site.role is role}
         for role in (LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.V_PROJ)

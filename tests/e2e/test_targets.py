@@ -12,8 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.package import PackageManifest
+from faq_onnx.artifacts.run import RunReport
+from faq_onnx.artifacts.sites import Tie
 from faq_onnx.targets import TARGETS
-from faq_onnx.testing import write_tiny_llama
+from faq_onnx.testing import TinyLlama, write_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +131,68 @@ def test_the_nearest_block_size_is_named(cli: Any, low_bit: Path, tmp_path: Path
     assert "allowed 16, 32, 64, 128 or 256 (nearest: 128)" in done.err
 
 
-@pytest.mark.parametrize("command", ["convert", "package"])
+@pytest.mark.parametrize("command", ["convert", "calibrate", "plan", "apply", "package"])
 def test_a_wrong_option_lists_the_right_ones(cli: Any, low_bit: Path, command: str) -> None:
     words = (command, low_bit, "-o", "out", "--target", "ort-mobile", "--target-option", "wings=2")
-    done = cli.run(*words)
+    done = cli.run(*words, *(("--plan", "none") if command == "apply" else ()))
     assert done.code == 2
     assert "--target-option wings: found '2'" in done.err
     assert "options of the target ort-mobile: none" in done.err
+
+
+def test_apply_makes_a_proved_package_of_its_target(cli: Any, tmp_path: Path) -> None:
+    source = write_tiny_llama(tmp_path / "source", TinyLlama(layers=1)).parent
+    plan, out, phone = tmp_path / "plan", tmp_path / "out", ("--target", "ort-mobile")
+    settings = ("--method", "rtn", "--lm-head", "4")
+    assert cli.quick("plan", source, "-o", plan, *settings, *phone).code == 0
+    done = cli.quick("apply", source, "--plan", plan, "-o", out, *phone)
+    assert done.code == 0, done.err
+    assert (out / "model.ort").is_file()
+    assert not (out / "model.onnx").exists()
+    manifest = PackageManifest.load(out / "package.json")
+    assert manifest.target == "ort-mobile"
+    assert {check.name: check.passed for check in manifest.proof.checks} == {
+        "loads": True,
+        "logits": True,
+        "greedy tokens": True,
+    }
+    report = RunReport.load(out / "report.json")
+    assert report.totals.output_bytes == manifest.model_bytes
+    again = cli.run("verify", out, "-q", "--json")
+    assert again.code == 0, again.err
+    assert again.json["proof"] == manifest.proof.model_dump(mode="json")
+
+
+@pytest.mark.slow
+def test_apply_hands_options_to_the_target(cli: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    source = write_tiny_llama(tmp_path / "source", TinyLlama(layers=1)).parent
+    plan, out = tmp_path / "plan", tmp_path / "out"
+    assert cli.quick("plan", source, "-o", plan, "--method", "rtn").code == 0
+    words = ("--target-option", "kv_cache=int8", "--max-kl", "99")
+    done = cli.quick("apply", source, "--plan", plan, "-o", out, *words)
+    assert done.code == 0, done.err
+    manifest = PackageManifest.load(out / "package.json")
+    assert manifest.options == {"kv_cache": "int8"}
+    assert [table.title for table in manifest.tables]
+
+
+def test_apply_refuses_a_plan_that_its_target_would_not_run(
+    cli: Any, scratch: Path, tmp_path: Path
+) -> None:
+    source = write_tiny_llama(tmp_path / "source", TinyLlama(tie=Tie.SHARED)).parent
+    plan, legal = tmp_path / "plan", tmp_path / "legal"
+    assert cli.quick("plan", source, "-o", plan, "--method", "rtn").code == 0
+    npu = ("--target", "qnn", "--calibration", "not-even-looked-for.txt")
+    done = cli.quick("apply", source, "--plan", plan, "-o", scratch / "out", *npu)
+    assert (done.code, list(scratch.iterdir())) == (5, [])
+    assert "would not run on qnn" in done.err
+    assert "an embedding in 8 bits" in done.err
+    assert f"formats are those of {plan}; `faq-onnx plan --target qnn`" in done.err
+    done = cli.quick("plan", source, "-o", legal, "--method", "rtn", *npu)
+    assert done.code == 0, done.err
+    done = cli.quick("apply", source, "--plan", legal, "-o", scratch / "out", *npu)
+    assert (done.code, "not-even-looked-for.txt" in done.err) == (4, True), done.err
 
 
 def test_help_lists_all_targets(cli: Any) -> None:

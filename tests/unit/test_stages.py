@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from faq_onnx import stages
+from faq_onnx import quantize_stages, stages
 from faq_onnx.artifacts.sites import Tie
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import CorruptModelError, UnsupportedModelError
@@ -77,9 +77,9 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 def test_rtn_codes_are_known_as_such(tmp_path: Path) -> None:
     opened = _open(tmp_path)
     planned = _plan(opened)
-    marks = stages.rtn_marks(opened, planned)
+    marks = quantize_stages.rtn_marks(opened, planned)
     assert len(marks) == len(set(marks.values())) == 15
-    done = stages.quantize(opened, planned, None, marks, tmp_path / "weights", SILENT)
+    done = quantize_stages.quantize(opened, planned, None, marks, tmp_path / "weights", SILENT)
     assert all(error.equals_rtn for error in done.errors)
     assert [error.site for error in done.errors] == [s.name for s in opened.census.sites]
     # 4 bits cost about 20 dB, the 8-bit head about 24 dB less
@@ -91,8 +91,8 @@ def test_rtn_codes_are_known_as_such(tmp_path: Path) -> None:
 def test_other_codes_are_not_taken_for_rtn(tmp_path: Path) -> None:
     opened = _open(tmp_path)
     planned = _plan(opened)
-    marks = dict.fromkeys(stages.rtn_marks(opened, planned), "0" * 64)
-    done = stages.quantize(opened, planned, None, marks, tmp_path / "weights", SILENT)
+    marks = dict.fromkeys(quantize_stages.rtn_marks(opened, planned), "0" * 64)
+    done = quantize_stages.quantize(opened, planned, None, marks, tmp_path / "weights", SILENT)
     assert not any(error.equals_rtn for error in done.errors)
 
 
@@ -100,8 +100,8 @@ def test_other_codes_are_not_taken_for_rtn(tmp_path: Path) -> None:
 def test_rewriting_replaces_what_is_planned(tie: Tie | None, tmp_path: Path) -> None:
     opened = _open(tmp_path, TinyLlama(tie=tie))
     planned = _plan(opened)
-    done = stages.quantize(opened, planned, None, {}, tmp_path / "weights", SILENT)
-    stages.rewrite(opened, planned, done.weights)
+    done = quantize_stages.quantize(opened, planned, None, {}, tmp_path / "weights", SILENT)
+    quantize_stages.rewrite(opened, planned, done.weights)
     count = {"MatMulNBits": 0, "GatherBlockQuantized": 0}
     for node in opened.model.graph:
         if node.op_type in count:

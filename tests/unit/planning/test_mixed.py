@@ -11,10 +11,12 @@ import pytest
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.artifacts.sensitivity import Sensitivities, Sensitivity
 from faq_onnx.artifacts.sites import ModelCensus, Tie
+from faq_onnx.artifacts.target import Refusal
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import PlanError
 from faq_onnx.graph.weights import read_initializer
-from faq_onnx.planning.budget import parse_budget
+from faq_onnx.planning.budget import check_size, parse_budget
+from faq_onnx.planning.candidates import FormatCandidates, Judge, Weight, run_anywhere
 from faq_onnx.planning.mixed import (
     CURVE_POINTS,
     KL_SHARE,
@@ -50,6 +52,7 @@ def _choose(
     budget: str,
     config: QuantizeConfig = RTN,
     per_error: Mapping[str, float] | None = None,
+    judge: Judge = run_anywhere,
 ) -> MixedFormats:
     model = tiny_llama_onnx(inputs.spec)
     planner = MixedPlanner(
@@ -59,6 +62,7 @@ def _choose(
         sensitivities=_sensitivities(inputs.census, per_error or {}),
         read_weight=inputs.read,
         read_table=lambda table: read_initializer(model, table.weight).astype(np.float32),
+        judge=judge,
     )
     return planner.choose(parse_budget(budget))
 
@@ -251,3 +255,55 @@ def test_perturbations_are_coarse_and_know_their_error(planned: Make) -> None:
     assert len(np.unique(found.weight[0, :32])) <= 8
     rows = np.square(perturb(table).weight - weight).sum(axis=1)
     assert perturb(table).error == pytest.approx(rows[ids].mean(), rel=1e-5)
+
+
+def _no_eights(weight: Weight, fmt: BlockFormat) -> tuple[Refusal, ...]:
+    """A runtime that takes 2 and 4 bits, in blocks of 32 only."""
+    if fmt.code_bits < 8 and fmt.block_size == 32:
+        return ()
+    return (Refusal(place=weight.name, found="it", allowed="less", way_out="--bits 4"),)
+
+
+def test_what_the_judge_refuses_is_not_chosen(planned: Make) -> None:
+    inputs = planned()
+    formats = _formats(_choose(inputs, "7bpw", judge=_no_eights)).values()
+    assert {(f.code_bits, f.block_size) for f in formats if f is not None} == {(4, 32)}
+    with pytest.raises(PlanError, match=r"\(3.33 to 5.12 bits per weight compete\)"):
+        _choose(inputs, "2.5bpw", judge=_no_eights)
+
+
+def test_sizes_are_known_before_anything_is_measured(planned: Make) -> None:
+    """What is said without sensitivities is what the planner says with them."""
+    inputs = planned()
+    names = [site.name for site in inputs.census.sites] + [inputs.census.embeddings[0].name]
+    for judge in (run_anywhere, _no_eights):
+        candidates = FormatCandidates(inputs.census, RTN, frozenset(names), judge=judge)
+        found = _choose(inputs, "100bpw", judge=judge)
+        assert min(map(len, candidates.sizes.values())) > 1
+        assert candidates.fixed_bytes == found.fixed_bytes
+        smallest = sum(map(min, candidates.sizes.values()))
+        assert smallest == found.allocation.curve[0].bytes
+        assert 8 * smallest / candidates.weights == found.allocation.curve[0].bpw
+        sizes = tuple(candidates.sizes.values())
+        check_size(parse_budget(f"{smallest / 1e3}kB"), sizes, candidates.weights)
+        with pytest.raises(PlanError, match="smallest possible value"):
+            check_size(parse_budget(f"{smallest / 1e3}kB"), sizes, candidates.weights, 1)
+
+
+def test_a_weight_without_a_legal_format_shows_what_is_refused(planned: Make) -> None:
+    inputs = planned()
+    first = inputs.census.sites[0].name
+
+    def judge(weight: Weight, fmt: BlockFormat) -> tuple[Refusal, ...]:
+        del fmt
+        refusal = Refusal(place=weight.name, found="it", allowed="nothing", way_out="--exclude")
+        return (refusal,) if weight.name == first else ()
+
+    names = frozenset(site.name for site in inputs.census.sites)
+    candidates = FormatCandidates(inputs.census, RTN, names, judge=judge)
+    assert first not in candidates.of_sites
+    assert {refusal.place for refusal in candidates.refused()} == {first}
+    smallest = candidates.smallest()
+    assert smallest.keys() == names
+    assert candidates.site_plans(smallest)[0].format == smallest[first]
+    assert all(plan.format is None for plan in candidates.table_plans(smallest))

@@ -44,7 +44,7 @@ def _bytes(model: ir.Model) -> bytes:
 
 
 def test_outputs_come_by_name() -> None:
-    session = open_session(_bytes(_model()), threads=1, prepack=False, optimize=False)
+    session = open_session(_bytes(_model()), threads=1, prepack=False)
     outputs = run_session(session, {"X": np.ones(4, np.float32)})
     assert outputs["Y"].tolist() == [-1, 0, 1, 2]
 
