@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from faq_onnx.analysis import canonicalise, find_attention
+from faq_onnx.analysis import canonicalise, find_attention, take_census
 from faq_onnx.artifacts.source import context_length
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.opt import optimize
@@ -98,10 +98,8 @@ class Case:
     "case",
     [
         Case(TinyLlama()),
-        Case(TinyLlama(qkv_bias=True)),
         Case(TinyLlama(dtype="float16")),
         Case(TinyLlama(), LOW_BIT),
-        Case(TinyLlama(kv_heads=4), LOW_BIT),
         Case(TinyLlama(qkv_bias=True), "matmul-to-nbits{symmetric=true}"),
         Case(TinyLlama(qkv_bias=True), "matmul-to-nbits{bits=8,block_size=16}"),
         Case(TinyLlama(dtype="float16"), LOW_BIT),
@@ -141,6 +139,17 @@ def array(value: ir.Value | None) -> npt.NDArray[Any]:
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()
+
+
+def test_a_packed_float_model_is_understood() -> None:
+    model = fused(TinyLlama(layers=1))
+    plain = take_census(model, None)
+    run_passes(model, [PackQkvPass()])
+    census = take_census(model, None)
+    assert [site.role for site in census.sites][:2] == ["qkv_proj", "o_proj"]
+    assert len(census.sites) == len(plain.sites) - 2
+    assert [group.name for group in census.groups] == [group.name for group in plain.groups]
+    assert census.warnings == plain.warnings
 
 
 def test_an_int8_cache_works_on_packed_nodes(tmp_path: Path) -> None:
