@@ -199,8 +199,7 @@ def _choose_scales(  # noqa: PLR0913, PLR0917 - the second half of `make_plan`
             )
             raise PlanError(msg)
         return [_identity(group.name) for group in census.groups]
-    formats = {plan.site: plan.format for plan in sites}
-    planner = ScalePlanner(census, config, stats, formats, read_weight)
+    planner = ScalePlanner(census, config, stats, {s.site: s for s in sites}, read_weight)
     return planner.choose(_applications(census, config, sites, embeddings), progress)
 
 

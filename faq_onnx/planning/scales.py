@@ -1,14 +1,20 @@
-"""Choose the channel scale of every group: AWQ's search, on AWQ's or FAQ's statistic."""
+"""Choose the channel scale of every group: AWQ's search, on AWQ's or FAQ's statistic.
+
+What a scale is judged by is the rounding that follows. Nearest rounding is done, as AWQ does it.
+GPTQ wants weaker scales, because it makes up for much of what they are there to save. To do it for
+every candidate would take long; what it is expected to cost has a formula (`expected_error`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from faq_onnx.artifacts.plan import BlockFormat, GroupPlan, ScaleApplication
+from faq_onnx.artifacts.plan import BlockFormat, GroupPlan, ScaleApplication, SitePlan
 from faq_onnx.artifacts.sites import (
     GroupRole,
     LinearSite,
@@ -23,15 +29,20 @@ from faq_onnx.quant.channel_scale import (
     exponents,
     fuse_statistics,
     future_layers,
+    level_scale,
     share_over_heads,
 )
+from faq_onnx.quant.expected_error import expected_gptq_error
+from faq_onnx.quant.gptq import channel_energies
 from faq_onnx.quant.objective import output_energy
+from faq_onnx.quant.site import SiteMoments
 from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import fake_quantize, to_blocks
 
 __all__ = ["GroupChoice", "ScalePlanner", "scaled_groups"]
 
 Array = npt.NDArray[np.float32]
+Weights = Sequence[tuple[Array, SitePlan]]
 
 # Output channels that stand for a site while exponents are compared: candidates are judged on the
 # same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
@@ -90,14 +101,14 @@ class ScalePlanner:
         census: Of the model.
         config: Method and search settings.
         stats: Calibration statistics.
-        formats: Block format by site name.
+        plans: Format and rounding by site name.
         read_weight: The float weight of a site, float32 [N, K].
     """
 
     census: ModelCensus
     config: QuantizeConfig
     stats: CalibrationStats
-    formats: Mapping[str, BlockFormat | None]
+    plans: Mapping[str, SitePlan]
     read_weight: Callable[[LinearSite], Array]
 
     def choose(
@@ -121,10 +132,7 @@ class ScalePlanner:
         looks_ahead = self.config.axes.scales == "faq"
         if looks_ahead and group.role.value in self.config.faq.roles:
             current = fuse_statistics(current, self._future(group), self.config.faq)
-        absorber = group.absorber
-        if absorber is not None and absorber.repeats > 1 and absorber.head_dim is not None:
-            current = share_over_heads(current, absorber.head_dim, absorber.repeats)
-        return current
+        return _absorbable(group, current)
 
     def _future(self, group: ScaleGroup) -> list[Array]:
         if group.layer_index is None:
@@ -140,23 +148,29 @@ class ScalePlanner:
     def _choose(self, group: ScaleGroup, application: ScaleApplication) -> GroupChoice:
         if application is ScaleApplication.NONE:
             return GroupChoice(GroupPlan(group=group.name, application=application), None)
-        statistic = self.statistic(group)
-        gram = self.stats.gram(group.name)
-        sites = [self.census.site(name) for name in group.sites]
-        weights = [(self.read_weight(s), f) for s in sites if (f := self.formats[s.name])]
-        exponent, identity, best = _search(
-            weights, gram, statistic, exponents(self.config.scale.grid_points)
-        )
-        if exponent == 0:
+        plans = [self.plans[name] for name in group.sites if self.plans[name].format is not None]
+        weights = [(self.read_weight(self.census.site(plan.site)), plan) for plan in plans]
+        moments = SiteMoments(self.stats.gram(group.name), self.config.rounding.shrinkage)
+        chosen = _search(weights, self._candidates(group, weights), _Judge(moments))
+        if chosen.exponent is None:
             application = ScaleApplication.NONE
         plan = GroupPlan(
             group=group.name,
             application=application,
-            exponent=exponent,
-            loss_identity=identity,
-            loss=best,
+            exponent=chosen.exponent or 0.0,
+            loss_identity=chosen.loss_identity,
+            loss=chosen.loss,
         )
-        return GroupChoice(plan, awq_scale(statistic, exponent) if exponent else None)
+        return GroupChoice(plan, chosen.scale)
+
+    def _candidates(self, group: ScaleGroup, weights: Weights) -> list[tuple[float, Array]]:
+        """Exponents and their scales, without the identity."""
+        statistic = self.statistic(group)
+        tried = exponents(self.config.scale.grid_points)
+        if all(plan.rounding == "nearest" for _, plan in weights):
+            return [(alpha, awq_scale(statistic, alpha)) for alpha in tried if alpha]
+        rms = _absorbable(group, _column_rms([weight for weight, _ in weights]))
+        return [(alpha, level_scale(statistic, rms, alpha)) for alpha in tried]
 
     def _cost(self, group: ScaleGroup, application: ScaleApplication) -> float:
         if application is ScaleApplication.NONE:
@@ -165,25 +179,70 @@ class ScalePlanner:
         return outputs * group.in_features**2 / 1e9
 
 
-def _search(
-    weights: Sequence[tuple[Array, BlockFormat]],
-    gram: Array,
-    statistic: Array,
-    candidates: Sequence[float],
-) -> tuple[float, float, float]:
-    """The best exponent, the loss of the identity and the loss of the best, over all rows."""
-    sample = [(_spread_rows(weight), fmt) for weight, fmt in weights]
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """What the rounding of some sites leaves of their outputs' error."""
 
-    def loss(exponent: float) -> float:
-        return _group_loss(sample, gram, awq_scale(statistic, exponent))
+    moments: SiteMoments
 
-    losses = list(map_in_threads(loss, candidates))
-    exponent = candidates[int(np.argmin(losses))]
-    identity = _group_loss(weights, gram, np.ones_like(statistic))
-    if exponent == 0:
-        return 0.0, identity, identity
-    best = _group_loss(weights, gram, awq_scale(statistic, exponent))
-    return (exponent, identity, best) if best < identity else (0.0, identity, identity)
+    def __call__(self, weights: Weights, scale: Array) -> float:
+        """Sum over the sites of E ||x (Q(W s)/s - W)^T||^2; expected, where Q is GPTQ."""
+        return sum(self._of(weight, plan, scale) for weight, plan in weights)
+
+    def _of(self, weight: Array, plan: SitePlan, scale: Array) -> float:
+        assert plan.format is not None
+        if plan.rounding == "gptq":
+            return expected_gptq_error(weight, scale, self._energies, plan.format)
+        blocks = to_blocks(weight * scale, plan.format.block_size)
+        rounded = fake_quantize(blocks, plan.format, out=blocks)
+        delta = rounded.reshape(len(weight), -1)[:, : weight.shape[1]] / scale
+        delta -= weight
+        return output_energy(delta, self.moments.gram)
+
+    @functools.cached_property
+    def _energies(self) -> npt.NDArray[np.floating]:
+        return channel_energies(self.moments.shrunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a search found; `exponent` and `scale` are None where the identity is best."""
+
+    exponent: float | None
+    scale: Array | None
+    loss_identity: float
+    loss: float
+
+
+def _search(weights: Weights, candidates: Sequence[tuple[float, Array]], judge: _Judge) -> _Found:
+    """The best candidate on some rows, where it is also better than the identity on all."""
+    ones = np.ones(weights[0][0].shape[1], np.float32)
+    sample = [(_spread_rows(weight), plan) for weight, plan in weights]
+    losses = list(map_in_threads(lambda pair: judge(sample, pair[1]), [(0.0, ones), *candidates]))
+    identity = judge(weights, ones)
+    best = int(np.argmin(losses))
+    if best > 0:
+        exponent, scale = candidates[best - 1]
+        loss = judge(weights, scale)
+        if loss < identity:
+            return _Found(exponent, scale, identity, loss)
+    return _Found(None, None, identity, identity)
+
+
+def _absorbable(group: ScaleGroup, channels: Array) -> Array:
+    """The same value for all channels [K] that one row of the group's absorber makes."""
+    absorber = group.absorber
+    if absorber is None or absorber.repeats == 1 or absorber.head_dim is None:
+        return channels
+    return share_over_heads(channels, absorber.head_dim, absorber.repeats)
+
+
+def _column_rms(weights: Sequence[Array]) -> Array:
+    """Root mean square of each input channel's weights, over the sites of a group: float32 [K]."""
+    energy = sum(np.einsum("nk,nk->k", w, w, dtype=np.float64, optimize=False) for w in weights)
+    rows = sum(len(weight) for weight in weights)
+    result: Array = np.sqrt(energy / rows).astype(np.float32)
+    return result
 
 
 def _spread_rows(weight: Array) -> Array:
@@ -192,16 +251,3 @@ def _spread_rows(weight: Array) -> Array:
         return weight
     picked = np.linspace(0, len(weight) - 1, SEARCH_ROWS).round().astype(np.intp)
     return np.ascontiguousarray(weight[picked])
-
-
-def _group_loss(weights: Sequence[tuple[Array, BlockFormat]], gram: Array, scale: Array) -> float:
-    """Sum over the sites of E ||x (Q(W s)/s - W)^T||^2."""
-    total = 0.0
-    for weight, fmt in weights:
-        scaled = weight * scale
-        blocks = to_blocks(scaled, fmt.block_size)
-        rounded = fake_quantize(blocks, fmt, out=blocks)
-        delta = rounded.reshape(len(weight), -1)[:, : weight.shape[1]] / scale
-        delta -= weight
-        total += output_energy(delta, gram)
-    return total

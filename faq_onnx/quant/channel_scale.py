@@ -13,11 +13,23 @@ import numpy.typing as npt
 
 from faq_onnx.config import FaqConfig
 
-__all__ = ["awq_scale", "exponents", "fuse_statistics", "future_layers", "share_over_heads"]
+__all__ = [
+    "awq_scale",
+    "exponents",
+    "fuse_statistics",
+    "future_layers",
+    "level_scale",
+    "share_over_heads",
+]
 
 Vector = npt.NDArray[np.float32]
 
 MIN_CHANNEL_SCALE = np.float32(1e-4)  # llm-awq clamps here (auto_scale.py)
+# Beta of level_scale. SmolLM2, error after GPTQ relative to no scales, geometric mean of 11 groups
+# at 3 bits in blocks of 64, and 4 in 32: beta 0 .945 and .900, .25 .924 and .884, .5 .912 and
+# .877, .75 .904 and .870, 1 .904 and .876.
+LEVELLING = 0.75
+LEAST_WEIGHT = 1e-3  # of the mean column: a column of zeros needs no large scale
 
 
 def exponents(grid_points: int) -> tuple[float, ...]:
@@ -32,7 +44,27 @@ def awq_scale(statistic: Vector, exponent: float) -> Vector:
         statistic: a = mean |x| per input channel, float32 [K], >= 0.
         exponent: alpha in [0, 1]; 0 gives exactly ones.
     """
-    scale = np.maximum(np.power(statistic, np.float32(exponent)), MIN_CHANNEL_SCALE)
+    return _centred(np.power(statistic, np.float32(exponent)))
+
+
+def level_scale(statistic: Vector, weight_rms: Vector, exponent: float) -> Vector:
+    """Scale s = a^alpha / w^beta, centred as AWQ's: it also levels the columns of the weight.
+
+    A column of large weights sets the step of its whole block, which the others pay for. AutoAWQ
+    has the same form with beta = 1 - alpha ("duo scaling"). Beta is a constant: see LEVELLING.
+
+    Args:
+        statistic: a, float32 [K], >= 0.
+        weight_rms: w, root mean square of the column of each channel, float32 [K], >= 0.
+        exponent: alpha in [0, 1].
+    """
+    floor = np.float32(LEAST_WEIGHT * float(weight_rms.mean()) or 1)
+    level = np.power(np.maximum(weight_rms, floor), np.float32(LEVELLING))
+    return _centred((np.power(statistic, np.float32(exponent)) / level).astype(np.float32))
+
+
+def _centred(raw: Vector) -> Vector:
+    scale = np.maximum(raw, MIN_CHANNEL_SCALE)
     spread = np.sqrt(scale.max() * scale.min())
     result: Vector = (scale / spread).astype(np.float32)
     return result

@@ -30,6 +30,7 @@ from faq_onnx.quant.uniform import (
 
 __all__ = [
     "GramFactor",
+    "channel_energies",
     "keep_better_rows",
     "round_gptq",
     "weight_error",
@@ -78,6 +79,52 @@ class GramFactor:
             NonFiniteError: NaN or infinity in `gram`.
             CalibrationError: No damping makes `gram` definite: it is no Gram matrix.
         """
+        triangle = _Triangle.of(gram, damping)
+        return cls(gram, triangle.order, _feedback(triangle.upper), triangle.damping)
+
+
+def channel_energies(gram: Matrix, damping: float = DAMPING) -> Doubles:
+    """What a rounding error at each channel costs once all later channels have made up for it.
+
+    GPTQ's loss of a row is the sum over channels of e_k^2 d_k, for the errors e that it leaves and
+    these energies d: the pivots of H = R R^T, d = diag(R)^2, which are what is left of a channel's
+    second moment when the later ones have explained what they can. (GPTQ is Babai's nearest plane
+    algorithm: Chen et al. 2025, arXiv 2507.18553.)
+
+    Args:
+        gram: float32 [K, K], mean over tokens of x^T x.
+        damping: As for `GramFactor.of`.
+
+    Returns:
+        float64 [K], >= 0, in the order of the weight's columns; 0 where a channel is never active.
+
+    Raises:
+        NonFiniteError: NaN or infinity in `gram`.
+        CalibrationError: No damping makes `gram` definite: it is no Gram matrix.
+    """
+    triangle = _Triangle.of(gram, damping)
+    energies = np.empty(len(gram))
+    energies[triangle.order] = np.square(np.diagonal(triangle.upper))
+    return np.where(np.diagonal(gram) > 0, energies, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Triangle:
+    """H = R R^T in the order in which channels are rounded.
+
+    Attributes:
+        order: Channels in descending order of their second moment, int64 [K].
+        upper: R, float64 [K, K].
+        damping: What was used.
+    """
+
+    order: npt.NDArray[np.int64]
+    upper: Doubles
+    damping: float
+
+    @classmethod
+    def of(cls, gram: Matrix, damping: float) -> _Triangle:
+        """With H turned round, J H J = L L^T: then R = J L J."""
         if not np.isfinite(gram).all():
             msg = "NaN or infinity in a Gram matrix; check the model's activations"
             raise NonFiniteError(msg)
@@ -88,14 +135,16 @@ class GramFactor:
         ordered[dead] = ordered[:, dead] = 0
         mean = float(diagonal.mean()) if diagonal.max(initial=0.0) > 0 else 1.0
         ordered[dead, dead] = mean
+        own = np.diagonal(ordered).copy()
         used = damping
         for _ in range(RETRIES):
+            np.fill_diagonal(ordered, own + used * mean)
             try:
-                feedback = _feedback(ordered, used * mean)
+                lower = np.linalg.cholesky(ordered[::-1, ::-1])
             except np.linalg.LinAlgError:
                 used = max(used, SMALLEST_RETRY) * 10
             else:
-                return cls(gram, order, feedback, used)
+                return cls(order, lower[::-1, ::-1], used)
         msg = f"a Gram matrix is not positive definite even with damping {used:g}; calibrate again"
         raise CalibrationError(msg)
 
@@ -147,17 +196,10 @@ def weight_error(weight: Matrix, codes: Codes, grid: BlockGrid) -> Matrix:
     return error
 
 
-def _feedback(ordered: Doubles, ridge: float) -> Matrix:
-    """U_jk / U_jj of H^-1 = U^T U, transposed; H = ordered + ridge * I, float64 [K, K].
-
-    With H turned round, J H J = L L^T: then H = R R^T for the upper triangular R = J L J, and
-    U = R^-1. H itself is never inverted.
-    """
-    damped = ordered.copy()
-    np.fill_diagonal(damped, np.diagonal(damped) + ridge)
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    upper = _invert_upper(lower[::-1, ::-1])
-    feedback = (upper / np.diagonal(upper)[:, np.newaxis]).T.astype(np.float32)
+def _feedback(upper: Doubles) -> Matrix:
+    """U_jk / U_jj of H^-1 = U^T U, transposed, for H = R R^T: U = R^-1; H is never inverted."""
+    inverse = _invert_upper(upper)
+    feedback = (inverse / np.diagonal(inverse)[:, np.newaxis]).T.astype(np.float32)
     np.fill_diagonal(feedback, 0)
     return np.ascontiguousarray(feedback)
 

@@ -9,18 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from faq_onnx.artifacts.plan import SitePlan
 from faq_onnx.config import FaqConfig
 from faq_onnx.planning import scales as scales_module
-from faq_onnx.planning.scales import _group_loss, _search
+from faq_onnx.planning.scales import _Judge, _search
 from faq_onnx.quant.channel_scale import (
     awq_scale,
     exponents,
     fuse_statistics,
     future_layers,
+    level_scale,
     share_over_heads,
 )
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.objective import output_energy, scale_gram
+from faq_onnx.quant.site import SiteMoments
 
 pytestmark = pytest.mark.property
 FEW = settings(max_examples=60, deadline=None)
@@ -139,27 +142,35 @@ def test_scale_moves_between_weight_and_activation(columns: int, data: st.DataOb
     st.sampled_from([2, 3, 4, 8]),
     st.booleans(),
     st.sampled_from([1, 1, 256]),  # one row is a poor judge of all, and then it must not matter
+    st.booleans(),
 )
 def test_the_chosen_scale_is_never_worse_than_the_identity(
-    seed: int, bits: int, symmetric: bool, search_rows: int
+    seed: int, bits: int, symmetric: bool, search_rows: int, gptq: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     columns = int(rng.integers(3, 50))
     x = rng.standard_t(3, size=(30, columns)) * np.exp2(rng.normal(scale=2, size=columns))
     gram = (x.T @ x / 30).astype(np.float32)
     statistic = np.abs(x).mean(axis=0).astype(np.float32)
-    fmt = block_format(bits, 16, symmetric)
+    plan = SitePlan(
+        site="a", format=block_format(bits, 16, symmetric), rounding="gptq" if gptq else "nearest"
+    )
     weights = [
-        (rng.normal(size=(rows, columns)).astype(np.float32), fmt)
+        (rng.normal(size=(rows, columns)).astype(np.float32), plan)
         for rows in rng.integers(1, 40, 2)
     ]
+    judge = _Judge(SiteMoments(gram))
+    if gptq:
+        rms = np.sqrt(np.mean(np.concatenate([w for w, _ in weights]) ** 2, axis=0))
+        candidates = [(alpha, level_scale(statistic, rms, alpha)) for alpha in exponents(8)]
+    else:
+        candidates = [(alpha, awq_scale(statistic, alpha)) for alpha in exponents(8)[1:]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scales_module, "SEARCH_ROWS", search_rows)
-        exponent, identity, best = _search(weights, gram, statistic, exponents(8))
-    assert identity == _group_loss(weights, gram, np.ones(columns, np.float32))
-    assert best <= identity
-    if exponent:
-        assert best == _group_loss(weights, gram, awq_scale(statistic, exponent))
-        assert best < identity
+        found = _search(weights, candidates, judge)
+    assert found.loss_identity == judge(weights, np.ones(columns, np.float32))
+    if found.scale is None:
+        assert found.loss == found.loss_identity
     else:
-        assert best == identity
+        assert found.exponent in exponents(8)
+        assert found.loss == judge(weights, found.scale) < found.loss_identity

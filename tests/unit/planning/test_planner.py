@@ -198,11 +198,22 @@ def test_gptq_needs_statistics_without_scaling_anything(planned: Make) -> None:
 def test_scales_can_be_chosen_apart_from_the_method(planned: Make) -> None:
     inputs = planned()
     scaled = ScaleConfig(statistic="awq", grid_points=5, share_heads=True)
-    gptq = _plan(inputs, QuantizeConfig(method=Method.GPTQ, scale=scaled, lm_head="4"))
+    rtn = _plan(inputs, QuantizeConfig(method=Method.RTN, scale=scaled, lm_head="4"))
     awq = _plan(inputs, AWQ)
-    assert gptq.plan.groups == awq.plan.groups
+    assert rtn.plan.groups == awq.plan.groups
     none = AWQ.model_copy(update={"scale": ScaleConfig(statistic="none")})
     assert not _plan(inputs, none).scales
+
+
+def test_scales_are_judged_by_the_rounding_that_follows(planned: Make) -> None:
+    """What GPTQ is expected to leave is another loss, with another choice."""
+    inputs = planned()
+    scaled = ScaleConfig(statistic="awq", grid_points=5, share_heads=True)
+    gptq = _plan(inputs, QuantizeConfig(method=Method.GPTQ, scale=scaled, lm_head="4"))
+    for own, nearest in zip(gptq.plan.groups, _plan(inputs, AWQ).plan.groups, strict=True):
+        assert own.loss_identity is not None
+        assert own.loss is not None
+        assert own.loss <= own.loss_identity != nearest.loss_identity
 
 
 def test_statistics_are_wanted_for_what_is_scaled_or_clipped(planned: Make) -> None:
