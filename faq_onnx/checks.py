@@ -60,8 +60,14 @@ def fold_tolerance(dtypes: Iterable[str], layers: int) -> float:
     return min(FOLD_ROUNDINGS * (layers + 1) * epsilon, LARGEST_FOLD_ERROR)
 
 
-def check_fold(error: float, dtypes: Iterable[str], layers: int) -> None:
-    """Refuse a folded model that is not the same function.
+def check_fold(error: float, dtypes: Iterable[str], layers: int, what: str) -> None:
+    """Refuse a rewritten float model that is not the same function.
+
+    Args:
+        error: From `fold_error`.
+        dtypes: Of the weights.
+        layers: Decoder layers.
+        what: The rewrite, for the message.
 
     Raises:
         VerificationError: The logits changed by more than rounding.
@@ -69,10 +75,9 @@ def check_fold(error: float, dtypes: Iterable[str], layers: int) -> None:
     tolerance = fold_tolerance(dtypes, layers)
     if not error <= tolerance:
         msg = (
-            f"folding the channel scales changed the float model's logits by {error:.2g} of their "
-            f"size (at most {tolerance:.0e} is rounding): this graph shares or hides something "
-            "that the analysis did not see. Use --method rtn, and please "
-            "report the model"
+            f"{what} changed the float model's logits by {error:.2g} of their size (at most "
+            f"{tolerance:.0e} is rounding): this graph shares or hides something that the "
+            "analysis did not see. Use --method rtn without --rotate, and please report the model"
         )
         raise VerificationError(msg)
 

@@ -19,6 +19,7 @@ __all__ = [
     "Grid",
     "Method",
     "QuantizeConfig",
+    "Rotation",
     "Rounding",
     "RoundingConfig",
     "ScaleConfig",
@@ -47,6 +48,7 @@ Grid = Literal["minmax", "clip", "search", "hqq", "k-quant"]
 Rounding = Literal["nearest", "gptq"]
 Path = Literal["float", "low-bit"]
 BlockScales = Literal["float", "8-bit", "lpbq"]
+Rotation = Literal["none", "residual", "heads", "residual+heads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,15 @@ class QuantizeConfig(_Section):
     embedding: Literal["auto", "keep", "4", "8", "shared"] = "auto"
     """Bits of the token embedding; `shared` = one buffer with the head; auto = shared if tied,
     else keep.
+    """
+    rotate: Rotation = "none"
+    """Turn the residual stream, the values of each head, or both, by random orthogonal matrices
+    before anything else: exact, no node more. Flattens outliers of activations, for runtimes that
+    store these in few bits; weights in blocks get worse by it (docs/methods.md).
+    """
+    untie_head: bool = False
+    """Give a head that shares the embedding's table its own, as a rotated residual stream needs:
+    the package grows by a table.
     """
     exclude: tuple[str, ...] = ()
     """Shell patterns of site names that stay float."""

@@ -39,6 +39,7 @@ from faq_onnx.outline import outline_of_plan, planned_weight
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
 from faq_onnx.progress import Progress
+from faq_onnx.rotate_stages import rotate
 from faq_onnx.targets.package import check_free_space, name_full_disk
 from faq_onnx.targets.protocol import Target
 
@@ -77,12 +78,16 @@ class Run:
         _LOG.info("%s took %.1f s", stage, duration)
 
     def open(self, source: str) -> stages.OpenedModel:
-        """Open the source and plan its formats: a wrong wish fails here, not in an hour."""
+        """Open the source and plan its formats: a wrong wish fails here, not in an hour.
+
+        The model is rotated where that is asked for; weights are computed when they are read.
+        """
         budget_stages.check_budget(self.config)
         with self.timed("open"):
             opened = stages.open_model(source, self.work, self.progress)
             if self.target is not None:
                 self.target.check_source(opened.source, opened.model)
+            opened = rotate(opened, self.config)
             formats = plan_sites(opened.census, self.config)
             tables = plan_embeddings(opened.census, self.config, formats)
             if self.config.budget is None:
@@ -160,8 +165,8 @@ class Run:
             return windows
 
     def reference(self, opened: stages.OpenedModel, windows: TokenWindows) -> ReferenceLogits:
-        """Logits of the float model on the held-out windows."""
-        collector = self._collector(opened)
+        """Logits of the float model, as it came, on the held-out windows."""
+        collector = self._collector(opened.given)
         return collector.logits(windows.heldout, self.progress, "float model")
 
     def calibrate(
@@ -173,6 +178,11 @@ class Run:
         if self.config.budget is not None:
             room += budget_stages.stream_bytes(opened.census, windows.calibration)
         check_free_space(self.work, room)
+        unrotated = None
+        if opened.unrotated is not None:
+            with self.timed("check the rotation"):
+                unrotated = self.reference(opened, windows)
+                self.check_rewrite(opened, unrotated, "rotation", "check the rotated model")
         with self.timed("calibrate"):
             stats, reference = self._collector(opened).collect(
                 scale_windows(self.config, windows.calibration),
@@ -185,7 +195,7 @@ class Run:
                 budget_stages.measure_sensitivity(
                     opened, stats, windows.calibration, self.work, self.progress
                 )
-        return stats, reference
+        return stats, unrotated or reference
 
     def plan(self, opened: stages.OpenedModel, stats: CalibrationStats | None) -> PlannedModel:
         """Formats and channel scales."""
@@ -209,7 +219,7 @@ class Run:
     ) -> RunReport:
         """Quantize, write, verify and package."""
         assert self.target is not None
-        size = stages.source_bytes(opened.source, opened.model)
+        size = stages.source_bytes(opened.source, opened.given.model)
         error, errors = self._quantize(opened, planned, stats, reference, windows)
         with self.timed("save"):
             saved = save_package_model(
@@ -277,15 +287,34 @@ class Run:
         self, opened: stages.OpenedModel, planned: PlannedModel, reference: ReferenceLogits
     ) -> float | None:
         """Fold the scales and prove on one window that nothing changed."""
-        if not planned.scales:
+        if not planned.scales and opened.unrotated is None:
             return None
         quantize_stages.fold(opened, planned)
+        what = "folding the channel scales"
+        return self.check_rewrite(opened, reference, what, "check the folded model")
+
+    def check_rewrite(
+        self, opened: stages.OpenedModel, reference: ReferenceLogits, what: str, title: str
+    ) -> float:
+        """Prove on one window that the float graph computes what the source does.
+
+        Args:
+            opened: The graph, as it was rewritten.
+            reference: Logits of the model as it came.
+            what: The rewrite, for the message of a failure.
+            title: Of the progress.
+
+        Returns:
+            Largest change of a logit over the largest logit.
+
+        Raises:
+            VerificationError: It does not.
+        """
         one = dataclasses.replace(reference, windows=reference.windows[:1])
         collector = self._collector(opened)
-        folded = collector.logits(one.windows, self.progress, "check the folded model")
-        error = checks.fold_error(folded, one)
+        error = checks.fold_error(collector.logits(one.windows, self.progress, title), one)
         dtypes = {site.dtype for site in opened.census.sites}
-        checks.check_fold(error, dtypes, opened.census.layer_count)
+        checks.check_fold(error, dtypes, opened.census.layer_count, what)
         return error
 
     def _collector(self, opened: stages.OpenedModel) -> Collector:

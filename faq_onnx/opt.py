@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from faq_onnx.analysis import canonicalise, find_attention, take_census
+from faq_onnx.analysis import canonicalise, find_attention, find_rotation, take_census
 from faq_onnx.artifacts.plan import (
     BlockFormat,
     EmbeddingPlan,
@@ -45,6 +45,7 @@ from faq_onnx.passes import (
     PackQkvPass,
     QuantizeCachePass,
     QuantizeEmbeddingPass,
+    RotatePass,
     StaticShapesPass,
     run_passes,
     spec,
@@ -57,6 +58,7 @@ from faq_onnx.runtime.feeds import cache_position
 __all__ = ["PassBuilder", "optimize"]
 
 _LOGGER = logging.getLogger(__name__)
+_ROTATED_PARTS = {"residual", "heads"}
 
 
 def optimize(
@@ -118,6 +120,8 @@ class PassBuilder:
                 return _quantize_cache(self._model, wish.scale)
             case spec.QuantizeEmbedding():
                 return self._quantize_embedding(wish)
+            case spec.Rotate():
+                return self._rotate(wish)
             case spec.StaticShapes():
                 return StaticShapesPass(_parse_shapes(wish.shapes))
             case spec.RemoveUnused():
@@ -194,6 +198,18 @@ class PassBuilder:
             check_embedding_format(fmt, width=site.width, embedding=site.name)
         plans = {site.name: EmbeddingPlan(embedding=site.name, format=fmt) for site in sites}
         return QuantizeEmbeddingPass(sites, plans, self._rounded(sites, fmt))
+
+    def _rotate(self, wish: spec.Rotate) -> ir.passes.PassBase:
+        parts = set(wish.parts.split("+"))
+        if not parts <= _ROTATED_PARTS:
+            raise ConfigError(
+                f"rotate: found parts={wish.parts}; allowed residual, heads, residual+heads"
+            )
+        sites = find_rotation(
+            self._model, self.census, residual="residual" in parts, heads="heads" in parts
+        )
+        del self.census  # a head that gets a table of its own is another site
+        return RotatePass(sites, seed=wish.seed, untie_head=wish.untie_head)
 
     def _rounded(
         self, sites: tuple[LinearSite, ...] | tuple[EmbeddingSite, ...], fmt: BlockFormat

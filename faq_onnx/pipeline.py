@@ -23,6 +23,7 @@ from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, check_statistics, make_plan
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
+from faq_onnx.rotate_stages import rotate
 from faq_onnx.targets import DEFAULT_TARGET
 from faq_onnx.targets.opening import open_target
 from faq_onnx.targets.package import MANIFEST_NAME, OutputFolder
@@ -137,7 +138,7 @@ def preview(
         planned = make_plan(opened.census, _plain(config), None, opened.read)
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
-        size = stages.source_bytes(opened.source, opened.model)
+        size = stages.source_bytes(opened.source, opened.given.model)
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
@@ -222,6 +223,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
         opened = stages.open_model(source, work, progress)
         chosen.check_source(opened.source, opened.model)
+        opened = rotate(opened, PlannedModel.load_plan(plan).config or QuantizeConfig())
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
         config = package_stages.settle(_as_planned(config, planned.plan), chosen)
         run = Run(work, progress, config, chosen, force)

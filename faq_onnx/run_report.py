@@ -44,7 +44,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         family=opened.census.family,
         config=config,
         fingerprints={
-            "model": opened.fingerprint,
+            "model": opened.given.fingerprint,
             "census": opened.census.fingerprint(),
             "plan": planned.plan.fingerprint(),
         },

@@ -46,13 +46,20 @@ class OpenedModel:
         source: Where it came from.
         model: The graph; weights on disk.
         census: What is in it.
-        fingerprint: Sha256 over its files.
+        fingerprint: Sha256 over its files, and what was rotated.
+        unrotated: The model before a rotation; None where there was none.
     """
 
     source: SourceModel
     model: ir.Model
     census: ModelCensus
     fingerprint: str
+    unrotated: OpenedModel | None = None
+
+    @property
+    def given(self) -> OpenedModel:
+        """The model as it came, whose logits are the reference."""
+        return self.unrotated or self
 
     @property
     def vocabulary(self) -> int:

@@ -25,11 +25,20 @@ from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.pack_qkv import PackQkvPass, attention_nodes, is_packed
 from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
+from faq_onnx.passes.rotate import (
+    ROTATED_KEY,
+    ResidualStream,
+    RotatePass,
+    RotationSites,
+    StreamReader,
+    ValueHeads,
+)
 from faq_onnx.passes.run import OnPass, pass_name, run_passes
 from faq_onnx.passes.static_shapes import StaticShapesPass
 
 __all__ = [
     "PASSES",
+    "ROTATED_KEY",
     "ActivationRequest",
     "AttentionBlock",
     "FoldScalesPass",
@@ -43,8 +52,13 @@ __all__ = [
     "PackQkvPass",
     "QuantizeCachePass",
     "QuantizeEmbeddingPass",
+    "ResidualStream",
     "RotaryTable",
+    "RotatePass",
+    "RotationSites",
     "StaticShapesPass",
+    "StreamReader",
+    "ValueHeads",
     "attention_nodes",
     "is_packed",
     "pass_name",
@@ -62,6 +76,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "pack-qkv": PackQkvPass,
         "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
+        "rotate": RotatePass,
         "static-shapes": StaticShapesPass,
     }
 )

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from faq_onnx.passes.nodes import add_initializer, become, remove_dead
 
-__all__ = ["FuseNormsPass"]
+__all__ = ["FuseNormsPass", "UnitRows", "match_unit_rows"]
 
 _OPERATOR = "SimplifiedLayerNormalization"  # onnxruntime keeps it in the default domain
 _FEWEST_CHANNELS = 2  # one number is a factor, not a gain
@@ -65,8 +65,23 @@ class _Norm:
     epsilon: float
 
 
-def _match(mean: ir.Node) -> _Norm | None:
-    """The norm around a ReduceMean."""
+@dataclasses.dataclass(frozen=True)
+class UnitRows:
+    """x / sqrt(mean(x^2) + epsilon), a norm without its gain.
+
+    Attributes:
+        value: x.
+        scaled: Node whose output is the result.
+        epsilon: Added to the mean.
+    """
+
+    value: ir.Value
+    scaled: ir.Node
+    epsilon: float
+
+
+def match_unit_rows(mean: ir.Node) -> UnitRows | None:
+    """The decomposed norm around a ReduceMean, up to its gain; None where there is none."""
     value = _squared(mean.inputs[0])
     if value is None or not _over_last_axis(mean):
         return None
@@ -78,7 +93,13 @@ def _match(mean: ir.Node) -> _Norm | None:
     scaled = None if root is None else _divided(root, value)
     if epsilon is None or scaled is None:
         return None
-    return _with_gain(scaled, value, epsilon)
+    return UnitRows(value, scaled, epsilon)
+
+
+def _match(mean: ir.Node) -> _Norm | None:
+    """The norm around a ReduceMean."""
+    unit = match_unit_rows(mean)
+    return None if unit is None else _with_gain(unit.scaled, unit.value, unit.epsilon)
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:

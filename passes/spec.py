@@ -29,6 +29,7 @@ __all__ = [
     "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
+    "Rotate",
     "StaticShapes",
     "format_pipeline",
     "parse_pipeline",
@@ -125,6 +126,16 @@ class QuantizeEmbedding(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotate(PassSpec):
+    """Rotate `parts`: residual, heads, or residual+heads; `untie_head` allows a larger file."""
+
+    name = "rotate"
+    parts: str = "residual+heads"
+    seed: int = 0
+    untie_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class StaticShapes(PassSpec):
     """Shapes of inputs and outputs, such as shapes="input_ids:1x16 logits:1x16x32000"."""
 
@@ -161,6 +172,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,
+            Rotate,
             StaticShapes,
         )
     }

@@ -23,6 +23,7 @@ from faq_onnx.artifacts.sites import (
     SkippedWeight,
 )
 from faq_onnx.errors import UnsupportedModelError
+from faq_onnx.passes.rotate import ROTATED_KEY
 
 __all__ = ["take_census"]
 
@@ -77,6 +78,7 @@ def take_census(model: ir.Model, config: Mapping[str, object] | None = None) -> 
         embeddings=tuple(embeddings),
         skipped=tuple(skipped),
         warnings=tuple(warnings),
+        rotation=model.metadata_props.get(ROTATED_KEY, ""),
     )
     logger.info(
         "%s: %d linear sites in %d layers, %d scale groups, %d weights left alone",

@@ -10,7 +10,7 @@ from faq_onnx.analysis.operands import Constant, constant, consumers, is_op, sma
 from faq_onnx.analysis.paths import NoPath, describe
 from faq_onnx.artifacts.sites import Absorber, AbsorberKind
 
-__all__ = ["norm_absorber"]
+__all__ = ["Gain", "find_gain", "norm_absorber"]
 
 # Operators with a gain as an operand: position of the gain, and of a bias added after it.
 _NORMS: dict[str, tuple[int, int | None]] = {
@@ -49,7 +49,7 @@ def norm_absorber(root: ir.Value, in_features: int) -> Absorber | NoPath:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gain:
+class Gain:
     """A norm multiplies its channels by `initializer + offset`."""
 
     initializer: Constant
@@ -58,8 +58,8 @@ class _Gain:
 
 def _from_mul(node: ir.Node, in_features: int, bias: Constant | None) -> Absorber | NoPath:
     for operand in node.inputs:
-        gain = _gain(operand, node)
-        if isinstance(gain, _Gain) and _is_vector(gain.initializer, in_features):
+        gain = find_gain(operand, node)
+        if isinstance(gain, Gain) and _is_vector(gain.initializer, in_features):
             return _absorber(gain, bias, node)
     return NoPath(f"{describe(node)} has no constant gain of {in_features} channels")
 
@@ -70,7 +70,7 @@ def _from_operator(node: ir.Node, root: ir.Value, in_features: int) -> Absorber 
     if node.attributes.get_int("axis", -1) != -1:
         return NoPath(f"{describe(node)} does not normalise the last axis alone")
     gain_at, bias_at = _NORMS[node.op_type]
-    gain = _gain(node.inputs[gain_at], node)
+    gain = find_gain(node.inputs[gain_at], node)
     if isinstance(gain, NoPath):
         return gain
     bias = None
@@ -83,7 +83,7 @@ def _from_operator(node: ir.Node, root: ir.Value, in_features: int) -> Absorber 
     return _absorber(gain, bias, node)
 
 
-def _absorber(gain: _Gain, bias: Constant | None, node: ir.Node) -> Absorber | NoPath:
+def _absorber(gain: Gain, bias: Constant | None, node: ir.Node) -> Absorber | NoPath:
     for vector in (gain.initializer, *([bias] if bias is not None else [])):
         readers = consumers(vector.initializer)
         if len(readers) != 1:
@@ -96,13 +96,13 @@ def _absorber(gain: _Gain, bias: Constant | None, node: ir.Node) -> Absorber | N
     )
 
 
-def _gain(value: ir.Value | None, reader: ir.Node) -> _Gain | NoPath:
+def find_gain(value: ir.Value | None, reader: ir.Node) -> Gain | NoPath:
     """A gain vector, directly or as `w + 1` computed in the graph (Gemma)."""
     offset = 0.0
     while value is not None:
         direct = constant(value)
         if direct is not None:
-            return _Gain(direct, offset)
+            return Gain(direct, offset)
         node = value.producer()
         if node is None or len(consumers(value)) != 1:
             break

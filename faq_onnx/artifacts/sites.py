@@ -200,6 +200,8 @@ class ModelCensus(Record):
         embeddings: In graph order.
         skipped: What is left alone.
         warnings: What was assumed.
+        rotation: What is rotated in the graph, as its metadata say (`passes.rotate`); "" for
+            nothing. Part of the fingerprint: names and shapes do not tell.
     """
 
     schema_version: int = 1
@@ -210,6 +212,7 @@ class ModelCensus(Record):
     embeddings: tuple[EmbeddingSite, ...]
     skipped: tuple[SkippedWeight, ...]
     warnings: tuple[str, ...] = ()
+    rotation: str = ""
 
     def site(self, name: str) -> LinearSite:
         """The site of that name (KeyError if there is none)."""

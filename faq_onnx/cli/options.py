@@ -63,6 +63,8 @@ QUANTIZATION = Group(
         "block_scales": ("--block-scales",),
         "lm_head": ("--lm-head",),
         "embedding": ("--embedding",),
+        "rotate": ("--rotate",),
+        "untie_head": ("--untie-head", "--no-untie-head"),
         "exclude": ("--exclude",),
         "accuracy_level": ("--accuracy-level",),
         "external_data": ("--external-data", "--no-external-data"),

@@ -119,9 +119,11 @@ def transform_initializer(model: ir.Model, name: str, function: Transform) -> No
     if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         raise RewriteError(f"initializer {name!r} is {tensor.dtype.name}, only floats are scaled")
     if isinstance(tensor, TransformedTensor):
-        value.const_value = TransformedTensor(tensor.source, (*tensor.transforms, function))
+        changed = TransformedTensor(tensor.source, (*tensor.transforms, function))
     else:
-        value.const_value = TransformedTensor(tensor, (function,))
+        changed = TransformedTensor(tensor, (function,))
+    changed.name = name  # not that of a tensor which two initializers began with
+    value.const_value = changed
 
 
 def join_tensors(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.LazyTensor:

@@ -55,6 +55,19 @@ class PlannedModel:
         self.plan.save(folder / "plan.json")
         save_file(self.scales, folder / "scales.safetensors")
 
+    @staticmethod
+    def load_plan(folder: Path) -> QuantPlan:
+        """The decisions alone, of whatever model.
+
+        Raises:
+            PlanError: Nothing there.
+        """
+        path = folder / "plan.json"
+        if not path.is_file():
+            msg = f"{folder} holds no plan ({path.name} is missing); make one with `faq-onnx plan`"
+            raise PlanError(msg)
+        return QuantPlan.load(path)
+
     @classmethod
     def load(cls, folder: Path, *, census_fingerprint: str) -> PlannedModel:
         """Read what `save` wrote.
@@ -62,11 +75,7 @@ class PlannedModel:
         Raises:
             PlanError: Nothing there, or made for another model.
         """
-        path = folder / "plan.json"
-        if not path.is_file():
-            msg = f"{folder} holds no plan ({path.name} is missing); make one with `faq-onnx plan`"
-            raise PlanError(msg)
-        plan = QuantPlan.load(path)
+        plan = cls.load_plan(folder)
         if plan.census_fingerprint != census_fingerprint:
             msg = f"{folder}: the plan was made for another model; run `faq-onnx plan` on this one"
             raise PlanError(msg)

@@ -17,7 +17,7 @@ from faq_onnx.graph.io import load_model
 from faq_onnx.progress import Progress
 from faq_onnx.runtime.feeds import cache_position
 
-__all__ = ["CONFIG_NAME", "MODEL_NAME", "write_genai_config"]
+__all__ = ["CONFIG_NAME", "MODEL_NAME", "can_share_cache", "write_genai_config"]
 
 CONFIG_NAME = "genai_config.json"
 MODEL_NAME = "model.onnx"
@@ -64,7 +64,7 @@ def write_genai_config(folder: Path, source: SourceModel, progress: Progress) ->
         content = _read_json(given)
         content["model"]["decoder"]["filename"] = MODEL_NAME
         graph = load_model(folder / MODEL_NAME).graph
-        content.setdefault("search", {})[_SHARE_BUFFER] = _can_share_buffer(graph)
+        content.setdefault("search", {})[_SHARE_BUFFER] = can_share_cache(graph)
         return _write_json(folder / CONFIG_NAME, content)
     config_path = source.companion("config.json")
     if config_path is None:
@@ -88,7 +88,7 @@ def write_genai_config(folder: Path, source: SourceModel, progress: Progress) ->
     generation = {} if generation_path is None else _read_json(generation_path)
     content = {
         "model": _model_section(config, generation, model.graph, cache),
-        "search": _search_section(config, generation, share_buffer=_can_share_buffer(model.graph)),
+        "search": _search_section(config, generation, share_buffer=can_share_cache(model.graph)),
     }
     return _write_json(folder / CONFIG_NAME, content)
 
@@ -203,8 +203,8 @@ def _static(shape: ir.Shape | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _can_share_buffer(graph: ir.Graph) -> bool:
-    """Whether every cache goes straight into the operator that can write in place."""
+def can_share_cache(graph: ir.Graph) -> bool:
+    """Whether every past key and value goes straight into the operator that can write in place."""
     past = [value for value in graph.inputs if cache_position(value.name or "") is not None]
     readers = {use.node.op_type for value in past for use in value.uses()}
     return readers == {"GroupQueryAttention"}

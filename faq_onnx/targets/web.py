@@ -138,6 +138,7 @@ class WebTarget(Target):
             libraries=dict(libraries.versions),
             unpacked_graph=UNPACKED_GRAPH if unpacked else "",
             unpacked=unpacked,
+            shares_cache=facts.shares_cache,
         )
         config.save(job.folder / PAGE_CONFIG)
         shutil.copytree(_PAGE, job.folder, dirs_exist_ok=True)

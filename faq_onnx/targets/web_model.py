@@ -15,6 +15,7 @@ from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.errors import PackageError, UnsupportedModelError
 from faq_onnx.runtime.feeds import CacheSlot, InputKind, cache_position, describe_inputs
+from faq_onnx.targets.genai_config import can_share_cache
 from faq_onnx.targets.web_unpack import PackedWeight
 
 __all__ = [
@@ -81,6 +82,7 @@ class PageConfig(Record):
         libraries: Versions, by npm package.
         unpacked_graph: What WebAssembly runs on unpacked weights; "" without.
         unpacked: How to make these.
+        shares_cache: The graph can write into the buffers that it reads as its cache.
     """
 
     name: str
@@ -98,6 +100,7 @@ class PageConfig(Record):
     libraries: dict[str, str]
     unpacked_graph: str = ""
     unpacked: tuple[PackedWeight, ...] = ()
+    shares_cache: bool = False
 
     def download_bytes(self, provider: str) -> int:
         """What a browser that computes there downloads."""
@@ -123,12 +126,14 @@ class DecoderFacts:
         cache: As there.
         float16: As there.
         largest: As there.
+        shares_cache: As there.
     """
 
     inputs: dict[str, str]
     cache: tuple[CacheEntry, ...]
     float16: bool
     largest: int
+    shares_cache: bool
 
 
 def check_decoder(source: SourceModel, model: ir.Model) -> None:
@@ -176,6 +181,7 @@ def describe_decoder(model: ir.Model, place: str) -> DecoderFacts:
         cache=tuple(_entry(slot, presents[slot.position] or "") for slot in decoder.cache),
         float16=any(tensor.dtype == ir.DataType.FLOAT16 for tensor in tensors),
         largest=max((tensor.nbytes for tensor in tensors), default=0),
+        shares_cache=can_share_cache(model.graph),
     )
 
 

@@ -28,6 +28,8 @@ from faq_onnx.runtime.generate import generate_greedy
 from faq_onnx.runtime.session import open_session
 from faq_onnx.targets.browser import Browser, find_browser, open_browser, serve_folder
 from faq_onnx.targets.web_libraries import find_libraries
+from faq_onnx.targets.web_model import PAGE_CONFIG, PageConfig
+from faq_onnx.targets.web_proof import page_script
 from faq_onnx.testing import write_tiny_llama
 
 TEMPLATE = (
@@ -183,6 +185,22 @@ def test_tokens_in_both_providers_equal_native(
     assert [(check.name, check.passed) for check in proof.checks] == wanted
     assert "onnxruntime-web" in proof.versions
     assert proof.versions["browser"].startswith(("Chrome/", "HeadlessChrome/"))
+
+
+def test_a_fused_cache_stays_in_its_buffers(package: Path) -> None:
+    """A prompt that fills the first ones: they are made once more, twice as large, and kept."""
+    assert PROGRAM is not None
+    config = PageConfig.load(package / PAGE_CONFIG)
+    assert config.shares_cache
+    ids = np.random.default_rng(0).integers(3, 250, 250)
+    with serve_folder(package) as address, open_browser(PROGRAM) as browser:
+        browser.open(f"{address}{PAGE_CONFIG}")
+        script = page_script("webgpu", ids.tolist(), 12, seconds=PATIENCE_S, pieces=250)
+        events = browser.evaluate(script, 4 * PATIENCE_S)
+    assert "failed" not in events, events["failed"]
+    with exact_twin(package / "model.onnx") as exact:
+        made = list(generate_greedy(open_session(exact), ids, 12))
+    assert events["proof"]["tokens"] == made
 
 
 def test_verify_fails_where_the_model_was_changed(cli: Any, package: Path, tmp_path: Path) -> None:

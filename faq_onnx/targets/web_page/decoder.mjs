@@ -1,7 +1,5 @@
 // A decoder with its key/value cache in onnxruntime-web: token ids in, logits of the last position out.
 
-const FLOAT_ARRAYS = { float32: Float32Array, float16: globalThis.Float16Array ?? Uint16Array };
-
 /** A float16 bit pattern as a number. */
 function halfToNumber(bits) {
   const sign = bits & 0x8000 ? -1 : 1;
@@ -23,19 +21,19 @@ export class Decoder {
    * @param ort the onnxruntime-web module
    * @param session an InferenceSession whose cache outputs stay where the provider wants them
    * @param config model.json
+   * @param cache a GrowingCache or SharedCache
    */
-  constructor(ort, session, config) {
+  constructor(ort, session, config, cache) {
     this.ort = ort;
     this.session = session;
     this.config = config;
+    this.cache = cache;
     this.ids = []; // what the cache holds
-    this.cache = null;
   }
 
   /** Forget everything that was read. */
   reset() {
-    for (const tensor of Object.values(this.cache ?? {})) tensor.dispose?.();
-    this.cache = null;
+    this.cache.clear();
     this.ids = [];
   }
 
@@ -52,11 +50,8 @@ export class Decoder {
 
   /** Read further tokens; logits [vocabulary] behind the last one. */
   async read(ids) {
-    const outputs = await this.session.run(this.#feeds(ids));
-    const old = this.cache;
-    this.cache = {};
-    for (const { past, present } of this.config.cache) this.cache[past] = outputs[present];
-    for (const tensor of Object.values(old ?? {})) tensor.dispose?.();
+    const used = this.ids.length;
+    const outputs = await this.cache.run(this.session, this.#feeds(ids), used, used + ids.length);
     this.ids.push(...ids);
     const logits = outputs.logits;
     const [, positions, vocabulary] = logits.dims;
@@ -72,21 +67,13 @@ export class Decoder {
       attention_mask: [Array(total).fill(1), [1, total]],
       position_ids: [ids.map((_, index) => past + index), [1, ids.length]],
     };
-    const feeds = { ...(this.cache ?? this.#emptyCache()) };
+    const feeds = {};
     for (const [name, type] of Object.entries(this.config.inputs)) {
       const [numbers, dims] = values[name];
       const data = type === "int64" ? BigInt64Array.from(numbers, BigInt) : Int32Array.from(numbers);
       feeds[name] = new this.ort.Tensor(type, data, dims);
     }
     return feeds;
-  }
-
-  #emptyCache() {
-    const empty = {};
-    for (const { past, heads, width, type } of this.config.cache) {
-      empty[past] = new this.ort.Tensor(type, new FLOAT_ARRAYS[type](0), [1, heads, 0, width]);
-    }
-    return empty;
   }
 }
 

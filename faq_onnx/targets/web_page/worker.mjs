@@ -1,5 +1,6 @@
 // The model, in a thread of its own so that the page stays alive: {command, ...} in, {event, ...} out.
 
+import { GrowingCache, SharedCache } from "./cache.mjs";
 import { Decoder, draw } from "./decoder.mjs";
 import { fetchFiles } from "./download.mjs";
 import { countMemory } from "./memory.mjs";
@@ -64,7 +65,11 @@ async function load({ provider, threads, packed }) {
     externalData,
     preferredOutputLocation: Object.fromEntries(config.cache.map(({ present }) => [present, where])),
   });
-  decoder = new Decoder(ort, session, config);
+  const shares = provider === "webgpu" && config.shares_cache;
+  const cache = shares
+    ? new SharedCache(ort, await ort.env.webgpu.device, config)
+    : new GrowingCache(ort, config.cache);
+  decoder = new Decoder(ort, session, config, cache);
   const parse = (name) => (files[name] ? JSON.parse(new TextDecoder().decode(files[name])) : {});
   codec = new TextCodec(parse("tokenizer.json"), parse("tokenizer_config.json"), config);
   tell("ready", { provider, threads, unpacked, seconds: (performance.now() - start) / 1000, memory: memory() });
