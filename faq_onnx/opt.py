@@ -42,6 +42,7 @@ from faq_onnx.passes import (
     LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
+    PackQkvPass,
     QuantizeCachePass,
     QuantizeEmbeddingPass,
     RotatePass,
@@ -113,6 +114,8 @@ class PassBuilder:
                 return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
+            case spec.PackQkv():
+                return PackQkvPass()
             case spec.QuantizeCache():
                 return _quantize_cache(self._model, wish.scale)
             case spec.QuantizeEmbedding():

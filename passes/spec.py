@@ -24,6 +24,7 @@ __all__ = [
     "InsertActivationStats",
     "LiftMatMulNBits",
     "MatMulToNBits",
+    "PackQkv",
     "PassSpec",
     "QuantizeCache",
     "QuantizeEmbedding",
@@ -99,6 +100,13 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class PackQkv(PassSpec):
+    """Compute query, key and value of GroupQueryAttention in one product."""
+
+    name = "pack-qkv"
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeCache(PassSpec):
     """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
 
@@ -160,6 +168,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            PackQkv,
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,
