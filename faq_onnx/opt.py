@@ -42,6 +42,7 @@ from faq_onnx.passes import (
     LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
+    PackQkvPass,
     ProductSteps,
     QuantizeActivationsPass,
     QuantizeCachePass,
@@ -115,6 +116,8 @@ class PassBuilder:
                 return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
+            case spec.PackQkv():
+                return PackQkvPass()
             case spec.QuantizeActivations():
                 return _quantize_activations(self._model, wish.step)
             case spec.QuantizeCache():

@@ -24,6 +24,7 @@ __all__ = [
     "InsertActivationStats",
     "LiftMatMulNBits",
     "MatMulToNBits",
+    "PackQkv",
     "PassSpec",
     "QuantizeActivations",
     "QuantizeCache",
@@ -100,6 +101,13 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class PackQkv(PassSpec):
+    """Compute query, key and value of GroupQueryAttention in one product."""
+
+    name = "pack-qkv"
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeActivations(PassSpec):
     """Round activations around every MatMulNBits to int16, with one step for all."""
 
@@ -169,6 +177,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            PackQkv,
             QuantizeActivations,
             QuantizeCache,
             QuantizeEmbedding,
