@@ -111,6 +111,7 @@ def test_every_pass_of_the_table_can_be_built(name: str) -> None:
     result = optimize(model, name + options.get(name, ""))
     nothing_to_do = {
         "lift-matmul-nbits",
+        "pack-qkv",
         "quantize-activations",
         "quantize-cache",
         "remove-unused",
