@@ -23,6 +23,7 @@ from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertAct
 from faq_onnx.passes.lift_matmul_nbits import LiftMatMulNBitsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
 from faq_onnx.passes.pack_qkv import PackQkvPass, attention_nodes, is_packed
+from faq_onnx.passes.quantize_activations import ProductSteps, QuantizeActivationsPass
 from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.rotate import (
@@ -50,6 +51,8 @@ __all__ = [
     "MatMulToNBitsPass",
     "OnPass",
     "PackQkvPass",
+    "ProductSteps",
+    "QuantizeActivationsPass",
     "QuantizeCachePass",
     "QuantizeEmbeddingPass",
     "ResidualStream",
@@ -74,6 +77,7 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "lift-matmul-nbits": LiftMatMulNBitsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
         "pack-qkv": PackQkvPass,
+        "quantize-activations": QuantizeActivationsPass,
         "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
         "rotate": RotatePass,

@@ -26,6 +26,7 @@ __all__ = [
     "MatMulToNBits",
     "PackQkv",
     "PassSpec",
+    "QuantizeActivations",
     "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
@@ -107,6 +108,14 @@ class PackQkv(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeActivations(PassSpec):
+    """Round activations around every MatMulNBits to int16, with one step for all."""
+
+    name = "quantize-activations"
+    step: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeCache(PassSpec):
     """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
 
@@ -169,6 +178,7 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             LiftMatMulNBits,
             MatMulToNBits,
             PackQkv,
+            QuantizeActivations,
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,
