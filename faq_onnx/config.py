@@ -235,8 +235,9 @@ class QuantizeConfig(_Section):
     external_data: bool = False
     """Write weights beside model.onnx even below 1 GB."""
     fuse_attention: bool = True
-    """Compute attention in one node, GroupQueryAttention, where that is proved to be exact: faster
-    decoding on CPU and GPU; off for runtimes without it (Qualcomm's NPU) and for padding in front.
+    """Compute attention in one node, GroupQueryAttention, and its query, key and value in one
+    product, where that is proved to be exact: faster decoding on CPU and GPU; off for runtimes
+    without it (Qualcomm's NPU) and for padding in front.
     """
     calibration: CalibrationConfig = CalibrationConfig()
     scale: ScaleConfig = ScaleConfig()

@@ -1,4 +1,7 @@
-"""The stage that writes a finished model, its attention fused where that is proved to be exact."""
+"""The stage that writes a finished model, its attention fused where that is proved to be exact.
+
+Fused is: one node for attention, and one product for query, key and value in front of it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ from faq_onnx.artifacts.source import SourceModel, context_length
 from faq_onnx.checks import fold_tolerance
 from faq_onnx.graph.exact import exact_twin
 from faq_onnx.graph.io import save_model
-from faq_onnx.passes import FuseAttentionPass, run_passes
+from faq_onnx.passes import (
+    FuseAttentionPass,
+    PackQkvPass,
+    attention_nodes,
+    is_packed,
+    run_passes,
+)
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
 from faq_onnx.stages import read_config
@@ -78,18 +87,18 @@ def save_package_model(  # noqa: PLR0913 - two places and two options
     survey = AttentionSurvey((), (), 0)
     if config is not None:
         survey = find_attention(model, context_length(config))
-    if not survey.blocks:
+    if not survey.blocks and not PackQkvPass().find(model):
         size = save_model(model, target, external_data=external_data)
-        return SavedModel(size, target, _describe(survey))
+        return SavedModel(size, target, _describe(survey, model))
     plain = work / "unfused" / MODEL_NAME
     plain.parent.mkdir(parents=True, exist_ok=True)
     plain_size = save_model(model, plain, external_data=external_data)
-    run_passes(model, [FuseAttentionPass(survey.blocks)])
+    run_passes(model, [FuseAttentionPass(survey.blocks), PackQkvPass()])
     size = save_model(model, target, external_data=external_data)
     error = fusion_error(plain, target, trial_tokens(config))
     dtypes = {FLOAT_TYPES[v.dtype] for v in model.graph.outputs if v.dtype in FLOAT_TYPES}
     if error <= fold_tolerance(dtypes, survey.layers):
-        return SavedModel(size, plain, _describe(survey, error))
+        return SavedModel(size, plain, _describe(survey, model, error))
     for path in plain.parent.iterdir():
         shutil.move(path, folder / path.name)
     reason = f"in onnxruntime the fused model's logits differ by {error:.2g} of their size"
@@ -157,12 +166,15 @@ def _exact_logits(path: Path, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray
     return found
 
 
-def _describe(survey: AttentionSurvey, error: float | None = None) -> AttentionFusion | None:
+def _describe(
+    survey: AttentionSurvey, model: ir.Model, error: float | None = None
+) -> AttentionFusion | None:
     if not survey.layers:
         return None
     return AttentionFusion(
         fused=len(survey.blocks) + survey.fused,
         layers=survey.layers,
+        packed=sum(map(is_packed, attention_nodes(model))),
         error=error,
         declined=tuple((each.name, each.reason) for each in survey.declined),
     )

@@ -42,6 +42,9 @@ from faq_onnx.passes import (
     LiftMatMulNBitsPass,
     MatMulToNBitsPass,
     OnPass,
+    PackQkvPass,
+    ProductSteps,
+    QuantizeActivationsPass,
     QuantizeCachePass,
     QuantizeEmbeddingPass,
     RotatePass,
@@ -113,6 +116,10 @@ class PassBuilder:
                 return LiftMatMulNBitsPass()
             case spec.MatMulToNBits():
                 return self._matmul_to_nbits(wish)
+            case spec.PackQkv():
+                return PackQkvPass()
+            case spec.QuantizeActivations():
+                return _quantize_activations(self._model, wish.step)
             case spec.QuantizeCache():
                 return _quantize_cache(self._model, wish.scale)
             case spec.QuantizeEmbedding():
@@ -262,6 +269,18 @@ def _parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
             raise ConfigError(f"static-shapes: found {word!r}; allowed NAME:SIZExSIZE...")
         found[name] = tuple(map(int, numbers))
     return found
+
+
+def _quantize_activations(model: ir.Model, step: float) -> QuantizeActivationsPass:
+    """One step in front of and behind every product.
+
+    Raises:
+        ConfigError: for a step that is not positive.
+    """
+    if step <= 0:
+        raise ConfigError(f"quantize-activations: found step={step:g}; allowed a number > 0")
+    names = [str(node.name) for node in model.graph if node.op_type == "MatMulNBits"]
+    return QuantizeActivationsPass(dict.fromkeys(names, ProductSteps(step, step)))
 
 
 def _quantize_cache(model: ir.Model, scale: float) -> QuantizeCachePass:

@@ -9,14 +9,15 @@ import onnx_ir as ir
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
 from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight
+from faq_onnx.config import BlockScales
 from faq_onnx.fuse_stages import rotary_table_bytes
+from faq_onnx.quant.stored_scales import LPBQ_MULTIPLES
 from faq_onnx.report.rows import weight_bytes
 from faq_onnx.stages import OpenedModel
 from faq_onnx.verify.nodes import MATMUL, LowBitNode, low_bit_nodes
 
 __all__ = ["outline_of_model", "outline_of_plan", "planned_weight"]
 
-SCALES_INPUT = 2  # of MatMulNBits and GatherBlockQuantized
 BIAS_INPUT = 5  # of MatMulNBits
 
 
@@ -119,8 +120,6 @@ def planned_weight(site: LinearSite | EmbeddingSite, fmt: BlockFormat | None) ->
 
 def _finished(found: LowBitNode, node: ir.Node) -> PlannedWeight:
     spec, is_linear = found.spec, found.op_type == MATMUL
-    scales = node.inputs[SCALES_INPUT]
-    multiplied = scales is not None and scales.producer() is not None
     bias = node.inputs[BIAS_INPUT] if is_linear and len(node.inputs) > BIAS_INPUT else None
     return PlannedWeight(
         place=found.name,
@@ -133,7 +132,7 @@ def _finished(found: LowBitNode, node: ir.Node) -> PlannedWeight:
             storage_bits=spec.bits,
             block_size=spec.block_size,
             symmetric=not spec.zero_point_dtype,
-            block_scales="8-bit" if multiplied else "float",
+            block_scales=_block_scales(found),
         ),
         accuracy_level=spec.accuracy_level,
         float_zero_points=spec.zero_point_dtype not in {"", "uint8"},
@@ -143,3 +142,12 @@ def _finished(found: LowBitNode, node: ir.Node) -> PlannedWeight:
 
 def _size(weight: PlannedWeight) -> int:
     return weight_bytes(weight.rows, weight.width, weight.dtype, weight.format)
+
+
+def _block_scales(found: LowBitNode) -> BlockScales:
+    """By the integers in the file."""
+    largest = found.largest_multiple
+    if largest is None:
+        return "float"
+    is_lpbq = found.spec.bits == 4 and not found.spec.zero_point_dtype
+    return "lpbq" if is_lpbq and largest <= LPBQ_MULTIPLES else "8-bit"

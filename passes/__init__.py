@@ -22,6 +22,8 @@ from faq_onnx.passes.fuse_norms import FuseNormsPass
 from faq_onnx.passes.insert_activation_stats import ActivationRequest, InsertActivationStatsPass
 from faq_onnx.passes.lift_matmul_nbits import LiftMatMulNBitsPass
 from faq_onnx.passes.matmul_to_nbits import MatMulToNBitsPass
+from faq_onnx.passes.pack_qkv import PackQkvPass, attention_nodes, is_packed
+from faq_onnx.passes.quantize_activations import ProductSteps, QuantizeActivationsPass
 from faq_onnx.passes.quantize_cache import QuantizeCachePass
 from faq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from faq_onnx.passes.rotate import (
@@ -48,6 +50,9 @@ __all__ = [
     "LiftMatMulNBitsPass",
     "MatMulToNBitsPass",
     "OnPass",
+    "PackQkvPass",
+    "ProductSteps",
+    "QuantizeActivationsPass",
     "QuantizeCachePass",
     "QuantizeEmbeddingPass",
     "ResidualStream",
@@ -57,6 +62,8 @@ __all__ = [
     "StaticShapesPass",
     "StreamReader",
     "ValueHeads",
+    "attention_nodes",
+    "is_packed",
     "pass_name",
     "run_passes",
 ]
@@ -69,6 +76,8 @@ PASSES: Mapping[str, type[ir.passes.InPlacePass]] = MappingProxyType(
         "insert-activation-stats": InsertActivationStatsPass,
         "lift-matmul-nbits": LiftMatMulNBitsPass,
         "matmul-to-nbits": MatMulToNBitsPass,
+        "pack-qkv": PackQkvPass,
+        "quantize-activations": QuantizeActivationsPass,
         "quantize-cache": QuantizeCachePass,
         "quantize-embedding": QuantizeEmbeddingPass,
         "rotate": RotatePass,

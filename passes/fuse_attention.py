@@ -19,6 +19,7 @@ from faq_onnx.passes.nodes import (
     ProducerIndex,
     add_initializer,
     import_microsoft_domain,
+    take_place,
 )
 
 __all__ = ["AttentionBlock", "FuseAttentionPass", "HeadRows", "RotaryTable"]
@@ -195,7 +196,7 @@ class _Graph:
         self._graph.insert_before(place, node)
         names = (block.output, *block.present)
         for new, name in zip(node.outputs, names, strict=True):
-            _take_place(new, self._value(name, block))
+            take_place(new, self._value(name, block))
 
     def _value(self, name: str, block: AttentionBlock) -> ir.Value:
         node = self._producers.node(name, block.name)
@@ -288,12 +289,3 @@ def _attributes(block: AttentionBlock) -> list[ir.Attr]:
     if block.window is not None:
         attributes.append(ir.AttrInt64("local_window_size", block.window))
     return attributes
-
-
-def _take_place(new: ir.Value, old: ir.Value) -> None:
-    """Readers, graph output and name of `old` go to `new`."""
-    name = old.name
-    new.type, new.shape = old.type, old.shape
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name = f"{name}_decomposed"
-    new.name = name

@@ -23,6 +23,7 @@ __all__ = [
     "path_to_initializer",
     "readers",
     "remove_dead",
+    "take_place",
 ]
 
 MICROSOFT_DOMAIN = "com.microsoft"
@@ -135,6 +136,15 @@ def import_microsoft_domain(model: ir.Model) -> None:
 def low_bit_node_name(site: str, storage_bits: int) -> str:
     """Name of the low-bit node of a site or embedding: as onnxruntime's own tool has it."""
     return f"{site}_Q{storage_bits}"
+
+
+def take_place(new: ir.Value, old: ir.Value) -> None:
+    """Readers, graph output, type and name of `old` go to `new`."""
+    name = old.name
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = f"{name}_replaced"
+    new.name = name
 
 
 def remove_dead(values: Iterable[ir.Value]) -> None:

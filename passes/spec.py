@@ -24,7 +24,9 @@ __all__ = [
     "InsertActivationStats",
     "LiftMatMulNBits",
     "MatMulToNBits",
+    "PackQkv",
     "PassSpec",
+    "QuantizeActivations",
     "QuantizeCache",
     "QuantizeEmbedding",
     "RemoveUnused",
@@ -99,6 +101,21 @@ class MatMulToNBits(PassSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class PackQkv(PassSpec):
+    """Compute query, key and value of GroupQueryAttention in one product."""
+
+    name = "pack-qkv"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeActivations(PassSpec):
+    """Round activations around every MatMulNBits to int16, with one step for all."""
+
+    name = "quantize-activations"
+    step: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeCache(PassSpec):
     """Keep keys and values of GroupQueryAttention in int8, one scale for every channel."""
 
@@ -160,6 +177,8 @@ SPECS: Mapping[str, type[PassSpec]] = MappingProxyType(
             InsertActivationStats,
             LiftMatMulNBits,
             MatMulToNBits,
+            PackQkv,
+            QuantizeActivations,
             QuantizeCache,
             QuantizeEmbedding,
             RemoveUnused,

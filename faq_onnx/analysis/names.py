@@ -28,7 +28,7 @@ _PACKED: dict[frozenset[LinearRole], LinearRole] = {
     frozenset((LinearRole.Q_PROJ, LinearRole.K_PROJ, LinearRole.V_PROJ)): LinearRole.QKV_PROJ,
     frozenset((LinearRole.GATE_PROJ, LinearRole.UP_PROJ)): LinearRole.GATE_UP_PROJ,
 }
-_SEPARATORS = re.compile(r"(?:[/.:,'\"\[\]\s]|__)+")
+_SEPARATORS = re.compile(r"(?:[/.:,+'\"\[\]\s]|__)+")
 
 
 def node_texts(node: ir.Node, weight: str) -> Iterator[str]:

@@ -16,13 +16,16 @@ class AttentionFusion(Record):
     Attributes:
         fused: Attention nodes that are GroupQueryAttention now, those of the source included.
         layers: All attention found.
-        error: Largest change of a logit by fusing, over the largest logit, on a prompt and on
-            tokens behind a cache; None where nothing was fused.
+        packed: Nodes that read query, key and value from one product, those of the source
+            included.
+        error: Largest change of a logit by fusing and packing, over the largest logit, on a prompt
+            and on tokens behind a cache; None where nothing was done.
         declined: Node and reason of what stayed.
     """
 
     fused: int
     layers: int
+    packed: int = 0
     error: float | None = None
     declined: tuple[tuple[str, str], ...] = ()
 
@@ -30,6 +33,8 @@ class AttentionFusion(Record):
     def text(self) -> str:
         """One line for people."""
         count = f"{self.fused} of {self.layers} layers in GroupQueryAttention"
+        if self.packed:
+            count += f", query, key and value in one product in {self.packed}"
         if self.error is not None:
             count += f" (logits moved by {self.error:.1g} of their size)"
         if not self.declined:

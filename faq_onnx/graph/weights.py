@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from faq_onnx.graph.tensors import read_tensor
 __all__ = [
     "TransformedTensor",
     "find_initializer",
+    "join_tensors",
     "read_initializer",
     "read_weight",
     "replace_weight",
@@ -123,3 +124,19 @@ def transform_initializer(model: ir.Model, name: str, function: Transform) -> No
         changed = TransformedTensor(tensor, (function,))
     changed.name = name  # not that of a tensor which two initializers began with
     value.const_value = changed
+
+
+def join_tensors(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.LazyTensor:
+    """Tensors of one type, one after the other along `axis`; made when it is read.
+
+    Their shapes are equal but for that axis.
+    """
+    dtype = tensors[0].dtype
+    shape = list(tensors[0].shape.numpy())
+    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in tensors)
+
+    def join() -> ir.TensorProtocol:
+        joined = np.concatenate([read_tensor(tensor) for tensor in tensors], axis)
+        return ir.Tensor(joined.astype(dtype.numpy(), copy=False), dtype=dtype)
+
+    return ir.LazyTensor(join, dtype=dtype, shape=ir.Shape(shape))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
 
-__all__ = ["ScaleUnit", "storable_scale"]
+__all__ = ["LPBQ_MULTIPLES", "ScaleUnit", "storable_scale"]
 
 Floats = npt.NDArray[np.float32]
 

@@ -214,6 +214,8 @@ def to_quantized_weight(
     scale_dtype: npt.DTypeLike = np.float32,
 ) -> QuantizedWeight:
     """Pack codes [N, k_blocks, block] and their grid into the layout of MatMulNBits."""
+    if fmt.block_scales == "lpbq":
+        codes, grid = _anchored(codes, grid, fmt)
     unit, zero_points = grid.unit, None
     if not fmt.symmetric:
         zero_points = pack_codes(grid.zero_point.astype(np.uint8), fmt.storage_bits)
@@ -226,6 +228,28 @@ def to_quantized_weight(
         zero_points=zero_points,
         scale_unit=None if unit is None else unit.values,
     )
+
+
+def _anchored(
+    codes: npt.NDArray[np.uint8], grid: BlockGrid, fmt: BlockFormat
+) -> tuple[npt.NDArray[np.uint8], BlockGrid]:
+    """Codes and scales of lpbq such that the unit of a row is a sixteenth of its largest scale.
+
+    Qualcomm's converter takes that for the unit, and rounds scales to multiples of it. Searches
+    and refits leave rows whose largest multiple is 13, say: what the NPU would make of them is
+    made here, where codes can follow.
+    """
+    assert grid.unit is not None
+    unit = ScaleUnit.of(grid.scale, fmt, grid.unit.values.dtype)
+    scale = storable_scale(grid.scale, grid.unit.values.dtype, unit)
+    rows = (scale != grid.scale).any(axis=1)
+    if rows.any():
+        middle = np.float32(1 << (fmt.storage_bits - 1))
+        levels = codes[rows].astype(np.float32) - middle
+        levels *= (grid.scale[rows] / scale[rows])[..., np.newaxis]
+        codes = codes.copy()
+        codes[rows] = np.clip(np.rint(levels) + middle, *code_limits(fmt)).astype(np.uint8)
+    return codes, BlockGrid(scale, grid.zero_point, unit)
 
 
 def unpack_weight(weight: QuantizedWeight) -> tuple[npt.NDArray[np.uint8], BlockGrid]:

@@ -35,21 +35,37 @@ def main() -> None:
 
 
 def _compile(request: Mapping[str, Any]) -> dict[str, object]:
-    """Compile one graph; which provider took how many nodes, and how long it took."""
-    context = request["context"]
-    config = {
-        "ep.context_enable": "1",
-        "ep.context_embed_mode": "0",  # the binary in a file of its own
-        "ep.context_file_path": context,
-        "session.record_ep_graph_assignment_info": "1",
-    }
-    start = time.perf_counter()
-    session = _session(request["model"], request["options"], config)
-    seconds = time.perf_counter() - start
+    """Compile graphs, several into one binary; what came out of each, by its name.
+
+    Tokens of the request are read with what was compiled.
+    """
+    graphs, sessions = request["graphs"], []
+    answer: dict[str, object] = {}
+    for index, (name, graph) in enumerate(graphs.items()):
+        config = {
+            "ep.context_enable": "1",
+            "ep.context_embed_mode": "0",  # the binary in a file of its own
+            "ep.context_file_path": graph["context"],
+            "session.record_ep_graph_assignment_info": "1",
+        }
+        if len(graphs) > 1:  # the last one writes the binary, under the name of the first
+            config["ep.share_ep_contexts"] = "1"
+            config["ep.stop_share_ep_contexts"] = str(int(index == len(graphs) - 1))
+        start = time.perf_counter()
+        session = _session(graph["model"], request["options"], config)
+        sessions.append(session)
+        answer[name] = {"nodes": _nodes(session), "seconds": time.perf_counter() - start}
+    if request["tokens"]:
+        _save_logits(StaticDecoder(*sessions), request)
+    return answer
+
+
+def _nodes(session: ort.InferenceSession) -> dict[str, int]:
+    """Which provider took how many nodes."""
     nodes: dict[str, int] = {}
     for part in session.get_provider_graph_assignment_info():
         nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
-    return {"nodes": nodes, "seconds": seconds}
+    return nodes
 
 
 def _read(request: Mapping[str, Any]) -> dict[str, object]:
@@ -58,10 +74,14 @@ def _read(request: Mapping[str, Any]) -> dict[str, object]:
         *(_session(request[name], request["options"], {}) for name in ("prefill", "decode"))
     )
     start = time.perf_counter()
+    _save_logits(decoder, request)
+    return {"seconds": time.perf_counter() - start}
+
+
+def _save_logits(decoder: StaticDecoder, request: Mapping[str, Any]) -> None:
     tokens = np.asarray(request["tokens"], np.int64)
     logits = [decoder.read(part) for part in np.split(tokens, [len(tokens) - 1])]
     np.save(Path(request["logits"]), np.concatenate(logits))
-    return {"seconds": time.perf_counter() - start}
 
 
 def _session(

@@ -43,7 +43,7 @@ class GenaiOptions(TargetOptions):
 
     kv_cache: Literal["float", "int8"] = "float"
     """Type of cached keys and values: int8 takes a quarter of the memory and decodes faster behind
-    long prompts, on the CPU; costs a little accuracy, which package.json tells.
+    thousands of tokens, on the CPU; costs a little accuracy, which package.json tells.
     """
 
 

@@ -30,6 +30,7 @@ _TYPES = frozenset(
     }
 )
 _GENERIC_TYPE = "decoder"
+_SHARE_BUFFER = "past_present_share_buffer"
 _NEEDED_KEYS = ("hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -49,7 +50,8 @@ class _Cache:
 def write_genai_config(folder: Path, source: SourceModel, progress: Progress) -> Path | None:
     """Write genai_config.json for `folder / "model.onnx"`, from config.json and the graph.
 
-    A source made by genai's own builder has one already; that is kept, with the file name changed.
+    A source that has one keeps it, but for the file name and `past_present_share_buffer`: fusing
+    attention changes what the graph can do.
 
     Returns:
         The file, or None where genai cannot run the model (a note says why).
@@ -61,6 +63,8 @@ def write_genai_config(folder: Path, source: SourceModel, progress: Progress) ->
     if given is not None:
         content = _read_json(given)
         content["model"]["decoder"]["filename"] = MODEL_NAME
+        graph = load_model(folder / MODEL_NAME).graph
+        content.setdefault("search", {})[_SHARE_BUFFER] = can_share_cache(graph)
         return _write_json(folder / CONFIG_NAME, content)
     config_path = source.companion("config.json")
     if config_path is None:
@@ -139,7 +143,7 @@ def _search_section(
         "num_beams": 1,
         "num_return_sequences": 1,
         # Sharing writes into the past in place; a graph that concatenates cannot.
-        "past_present_share_buffer": share_buffer,
+        _SHARE_BUFFER: share_buffer,
         "repetition_penalty": generation.get("repetition_penalty") or 1.0,
         "temperature": generation.get("temperature") or 1.0,
         "top_k": generation.get("top_k") or 50,

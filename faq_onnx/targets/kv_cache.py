@@ -21,8 +21,8 @@ from faq_onnx.progress import Progress
 from faq_onnx.quant.cache_scales import CacheRange
 from faq_onnx.quant.divergence import ShiftedLogits
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
-from faq_onnx.runtime.generate import sample_tokens
 from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.targets.own_text import write_texts
 from faq_onnx.targets.package import replace_model
 
 __all__ = ["quantize_cache"]
@@ -55,11 +55,7 @@ def quantize_cache(
     _check_attention(model, path)
     length = min(TEXT_TOKENS, _positions(model))
     with progress.stage("measure the cache", TEXTS * length, "tokens") as advance:
-        session = open_session(path)
-        rng = np.random.default_rng(0)
-        prompts = rng.choice(starts, TEXTS).reshape(TEXTS, 1)
-        texts = sample_tokens(session, prompts, length, rng, on_step=advance)
-        del session
+        texts = write_texts(path, starts, TEXTS, length, advance)
         known, held_out = texts[HELD_OUT:], texts[:HELD_OUT]
         rotated = _rotated(model)
         scales = {

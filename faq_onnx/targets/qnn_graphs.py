@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from faq_onnx.errors import UnsupportedModelError
 from faq_onnx.graph.io import load_model, save_structure
-from faq_onnx.passes import FuseNormsPass, LiftMatMulNBitsPass, StaticShapesPass, run_passes
+from faq_onnx.passes import (
+    FuseNormsPass,
+    LiftMatMulNBitsPass,
+    ProductSteps,
+    QuantizeActivationsPass,
+    StaticShapesPass,
+    run_passes,
+)
 from faq_onnx.runtime.feeds import InputKind, cache_position
 from faq_onnx.targets.package import replace_model
 
@@ -39,8 +47,16 @@ class Lengths:
         return self.prompt_tokens if graph == PREFILL else 1
 
 
-def write_graphs(folder: Path, work: Path, lengths: Lengths) -> dict[str, Path]:
+def write_graphs(
+    folder: Path, work: Path, lengths: Lengths, steps: Mapping[str, ProductSteps] | None = None
+) -> dict[str, Path]:
     """Write both graphs beside `folder / "model.onnx"`; all three share one file of weights.
+
+    Args:
+        folder: Has the model.
+        work: For what is not kept.
+        lengths: What the graphs are for.
+        steps: Of products between 16-bit activations, by name of the node.
 
     Returns:
         Paths by graph.
@@ -55,8 +71,13 @@ def write_graphs(folder: Path, work: Path, lengths: Lengths) -> dict[str, Path]:
     for name in (PREFILL, DECODE):
         model = load_model(path)
         shapes = _shapes(model, lengths.tokens(name), lengths.context)
-        norms = FuseNormsPass(NARROWEST_NORM)
-        run_passes(model, [norms, LiftMatMulNBitsPass(), StaticShapesPass(shapes)])
+        passes = [
+            FuseNormsPass(NARROWEST_NORM),
+            LiftMatMulNBitsPass(),
+            QuantizeActivationsPass(steps or {}),
+            StaticShapesPass(shapes),
+        ]
+        run_passes(model, passes)
         found[name] = folder / f"{name}.onnx"
         save_structure(model, found[name])
     return found

@@ -11,7 +11,17 @@ from types import MappingProxyType
 from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight, Refusal
 from faq_onnx.runtime.feeds import InputKind
 
-__all__ = ["ARCHITECTURES", "form_refusals", "graph_refusals"]
+__all__ = [
+    "ARCHITECTURES",
+    "LPBQ_WAY_OUT",
+    "activation_refusals",
+    "form_refusals",
+    "graph_refusals",
+]
+
+LPBQ_WAY_OUT = (
+    "convert the float model with --block-scales lpbq --symmetric, or leave activations=float16"
+)
 
 # By architecture of the NPU: a chip that has it, by the number that QNN knows it by.
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
@@ -59,6 +69,18 @@ def graph_refusals(outline: ModelOutline) -> Iterator[Refusal]:
                 allowed="what QNN takes whole: plain operators, MatMulNBits, norms",
                 way_out=way_out,
             )
+
+
+def activation_refusals(outline: ModelOutline) -> Iterator[Refusal]:
+    """No weight that a product between 16-bit activations takes."""
+    formats = [weight.format for weight in outline.weights if weight.kind == "linear"]
+    if not any(each is not None and each.block_scales == "lpbq" for each in formats):
+        yield Refusal(
+            place="activations=16-bit",
+            found=f"{len(formats)} weights, none with block scales of lpbq",
+            allowed="products of such weights: around others the provider drops the 16 bits",
+            way_out=LPBQ_WAY_OUT,
+        )
 
 
 def form_refusals(weight: PlannedWeight) -> Iterator[Refusal]:

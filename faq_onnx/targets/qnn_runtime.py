@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,9 @@ import numpy.typing as npt
 from faq_onnx.errors import PackageError
 from faq_onnx.targets.qnn_limits import ARCHITECTURES
 
-__all__ = ["PROVIDER", "Compiled", "QnnError", "compile_graph", "context_files", "is_here", "read"]
+__all__ = ["PROVIDER", "Compiled", "Compiler", "QnnError", "context_files", "is_here"]
+
+Floats = npt.NDArray[np.float32]
 
 PROVIDER = "QNNExecutionProvider"
 EXTRA = "pip install 'faq-onnx[qnn]'"
@@ -38,12 +41,113 @@ class Compiled:
     Attributes:
         nodes: By execution provider.
         seconds: That it took.
-        binary_bytes: Size of what the NPU loads.
+        binary_bytes: Size of what the NPU loads; 0 where it is in the binary of another graph.
     """
 
     nodes: dict[str, int]
     seconds: float
     binary_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Qualcomm's compiler and simulator with their settings.
+
+    Attributes:
+        arch: Such as "v75".
+        block_quantization: Weights of products between 16-bit activations become LPBQ.
+    """
+
+    arch: str
+    block_quantization: bool = False
+
+    def compile(self, graph: Path, folder: Path | None = None) -> Compiled:
+        """Compile a graph of fixed lengths whole: no node may be left to the CPU.
+
+        Args:
+            graph: An ONNX file.
+            folder: Where the result is written; None writes it beside the graph.
+
+        Raises:
+            QnnError: Names the nodes that the NPU does not take, or what the compiler said.
+        """
+        return self._compile([graph], folder or graph.parent, {"tokens": []})[0]
+
+    def compile_together(self, graphs: Sequence[Path], folder: Path) -> list[Compiled]:
+        """Compile graphs of one model into one binary, which has their weights once.
+
+        The binary has the name of the first graph's. The simulator does not load it.
+
+        Raises:
+            QnnError: As `compile`.
+        """
+        return self._compile(graphs, folder, {"tokens": []})
+
+    def compile_and_read(
+        self, prefill: Path, decode: Path, tokens: Sequence[int]
+    ) -> tuple[list[Compiled], Floats]:
+        """Compile both graphs into one binary, and run them before it leaves memory.
+
+        Returns:
+            What was compiled, and logits as `read` returns them.
+
+        Raises:
+            QnnError: They do not compile or run.
+        """
+        with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder:
+            logits = Path(folder) / "logits.npy"
+            wish = {"tokens": list(tokens), "logits": str(logits)}
+            compiled = self._compile([prefill, decode], Path(folder), wish)
+            return compiled, np.load(logits)
+
+    def read(self, prefill: Path, decode: Path, tokens: Sequence[int]) -> Floats:
+        """Load compiled graphs in the simulator, without the CPU, and read tokens.
+
+        All but the last go through the prefill graph, in as many pieces as it takes, the last
+        one through the decode graph.
+
+        Returns:
+            Logits, float32 [tokens, vocabulary].
+
+        Raises:
+            QnnError: They do not load or run.
+        """
+        with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder:
+            path = Path(folder) / "logits.npy"
+            request = {"kind": "read", "prefill": str(prefill), "decode": str(decode)}
+            rest = {"tokens": list(tokens), "logits": str(path), "options": self._options}
+            _ask({**request, **rest}, prefill.parent)
+            logits: Floats = np.load(path)
+            return logits
+
+    def _compile(
+        self, graphs: Sequence[Path], folder: Path, wish: Mapping[str, Any]
+    ) -> list[Compiled]:
+        files = [context_files(folder / graph.name) for graph in graphs]
+        for file in itertools.chain.from_iterable(files):
+            file.unlink(missing_ok=True)  # onnxruntime does not replace them
+        wanted = {
+            graph.stem: {"model": str(graph), "context": str(context)}
+            for graph, (context, _) in zip(graphs, files, strict=True)
+        }
+        request = {"kind": "compile", "graphs": wanted, "options": self._options, **wish}
+        answer = _ask(request, graphs[0])
+        if not files[0][1].is_file():
+            raise QnnError(f"{graphs[0]}: the compiler wrote no {files[0][1].name}")
+        sizes = [binary.stat().st_size if binary.is_file() else 0 for _, binary in files]
+        return [
+            Compiled(answer[graph.stem]["nodes"], answer[graph.stem]["seconds"], size)
+            for graph, size in zip(graphs, sizes, strict=True)
+        ]
+
+    @property
+    def _options(self) -> Mapping[str, str]:
+        return {
+            "backend_type": "htp",
+            "htp_arch": self.arch.removeprefix("v"),
+            "soc_model": ARCHITECTURES[self.arch],
+            "enable_block_quant_weight_optimization": str(int(self.block_quantization)),
+        }
 
 
 def is_here() -> bool:
@@ -55,55 +159,6 @@ def context_files(graph: Path) -> tuple[Path, Path]:
     """The compiled graph (ONNX with one EPContext node) and its binary, beside the graph."""
     context = graph.with_name(f"{graph.stem}_ctx.onnx")
     return context, context.with_name(f"{context.stem}_qnn.bin")
-
-
-def compile_graph(graph: Path, arch: str, folder: Path | None = None) -> Compiled:
-    """Compile a graph of fixed lengths whole: no node may be left to the CPU.
-
-    Args:
-        graph: An ONNX file.
-        arch: Such as "v75".
-        folder: Where the result is written; None writes it beside the graph.
-
-    Raises:
-        QnnError: Names the nodes that the NPU does not take, or what the compiler said.
-    """
-    context, binary = context_files(graph if folder is None else folder / graph.name)
-    context.unlink(missing_ok=True)  # onnxruntime does not replace it
-    request = {"kind": "compile", "model": str(graph), "context": str(context)}
-    answer = _ask({**request, "options": _options(arch)}, graph)
-    if not binary.is_file():
-        raise QnnError(f"{graph}: the compiler wrote no {binary.name}")
-    return Compiled(answer["nodes"], answer["seconds"], binary.stat().st_size)
-
-
-def read(prefill: Path, decode: Path, tokens: Sequence[int], arch: str) -> npt.NDArray[np.float32]:
-    """Load compiled graphs in the simulator, without the CPU, and read tokens.
-
-    All but the last go through the prefill graph, in as many pieces as it takes, the last one
-    through the decode graph.
-
-    Returns:
-        Logits, float32 [tokens, vocabulary].
-
-    Raises:
-        QnnError: They do not load or run.
-    """
-    with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder:
-        path = Path(folder) / "logits.npy"
-        request = {"kind": "read", "prefill": str(prefill), "decode": str(decode)}
-        rest = {"tokens": list(tokens), "logits": str(path), "options": _options(arch)}
-        _ask({**request, **rest}, prefill.parent)
-        logits: npt.NDArray[np.float32] = np.load(path)
-        return logits
-
-
-def _options(arch: str) -> Mapping[str, str]:
-    return {
-        "backend_type": "htp",
-        "htp_arch": arch.removeprefix("v"),
-        "soc_model": ARCHITECTURES[arch],
-    }
 
 
 def _ask(request: Mapping[str, Any], place: Path) -> dict[str, Any]:

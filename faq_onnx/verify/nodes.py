@@ -103,6 +103,13 @@ class LowBitNode:
         """Blocks of a row."""
         return -(-self.spec.in_features // self.spec.block_size)
 
+    @property
+    def largest_multiple(self) -> int | None:
+        """Of the integers that the graph multiplies scales out of; None of float scales."""
+        if not isinstance(self._scales, _Product):
+            return None
+        return int(np.asarray(self._scales.multiples.numpy()).astype(np.int64).max())
+
     def packed(self, rows: slice) -> npt.NDArray[np.uint8]:
         """Some rows of the codes, uint8 [rows, bytes]."""
         return np.asarray(self._packed.numpy()).reshape(self.rows, -1)[rows].copy()

@@ -31,6 +31,7 @@ from faq_onnx.testing import TinyLlama, write_tiny_llama
 Array = npt.NDArray[np.float32]
 MakeSource = Callable[..., Path]
 SITES = 15  # 7 in each of 2 layers, and the head
+PACKED = "q_proj+k_proj+v_proj"
 WINDOW, CALIBRATION, HELD_OUT = 32, 4, 2  # what `cli.quick` asks for
 
 
@@ -54,12 +55,45 @@ class LowBit:
         values = (self.codes.astype(np.float32) - self.zero_points) * self.scales
         return values.reshape(self.shape[0], -1)[:, : self.shape[1]]
 
+    def parts(self, attention: dict[str, int]) -> list[LowBit]:
+        """One for each site: q_proj, k_proj and v_proj of fused attention share a node."""
+        if PACKED not in self.name:
+            return [self]
+        heads, kv_heads = attention["num_heads"], attention["kv_num_heads"]
+        width = self.shape[0] // (heads + 2 * kv_heads)
+        found, start = [], 0
+        for name, count in zip(PACKED.split("+"), (heads, kv_heads, kv_heads), strict=True):
+            rows = slice(start, start + count * width)
+            part = dataclasses.replace(
+                self,
+                name=self.name.replace(PACKED, name),
+                codes=self.codes[rows],
+                scales=self.scales[rows],
+                zero_points=self.zero_points[rows],
+                size_bytes=self.size_bytes * count * width // self.shape[0],
+                shape=(count * width, self.shape[1]),
+            )
+            found.append(part)
+            start = rows.stop
+        return found
+
 
 def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Codes along the last axis, low bits first, as runtime-facts of MatMulNBits say."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(*packed.shape[:-1], -1)
+
+
+def low_bit_sites(model: onnx.ModelProto) -> list[LowBit]:
+    """Every site that is stored in low bits."""
+    settings = {
+        attribute.name: attribute.i
+        for node in model.graph.node
+        if node.op_type == "GroupQueryAttention"
+        for attribute in node.attribute
+    }
+    return [part for node in low_bit_nodes(model) for part in node.parts(settings)]
 
 
 def low_bit_nodes(model: onnx.ModelProto) -> list[LowBit]:
@@ -109,7 +143,7 @@ def check_package(out: Path) -> tuple[RunReport, onnx.ModelProto]:
     model = onnx.load(out / "model.onnx")
     onnx.checker.check_model(str(out / "model.onnx"))
     rows = {row.site: row for row in report.sites if row.storage_bits is not None}
-    nodes = low_bit_nodes(model)
+    nodes = low_bit_sites(model)
     assert len(nodes) == len(rows) == report.totals.quantized_sites
     assert len(report.sites) - len(rows) == report.totals.float_sites
     for node in nodes:
@@ -122,7 +156,7 @@ def check_package(out: Path) -> tuple[RunReport, onnx.ModelProto]:
     assert verification is not None
     assert verification.structure is not None
     assert verification.kernels is not None
-    assert verification.structure.nbits_nodes == len(nodes)
+    assert verification.structure.nbits_nodes == len(low_bit_nodes(model))
     assert verification.kernels.nodes >= 1
     assert verification.kernels.worst <= 1
     assert "KL divergence" in (out / "summary.md").read_text(encoding="utf-8")
@@ -210,7 +244,7 @@ def test_round_to_nearest_stays_within_half_a_step(cli: Any, source: Path, tmp_p
     original = onnx.load(source)
     tensors = {t.name: to_array(t) for t in original.graph.initializer}
     weights = {n.name: tensors.get(n.input[1]) for n in original.graph.node if len(n.input) > 1}
-    nodes = low_bit_nodes(onnx.load(tmp_path / "out" / "model.onnx"))
+    nodes = low_bit_sites(onnx.load(tmp_path / "out" / "model.onnx"))
     assert len(nodes) == SITES
     for node in nodes:
         stored = weights[node.name.removesuffix("_Q4")]

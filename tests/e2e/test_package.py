@@ -51,6 +51,7 @@ def test_greedy_tokens_in_genai_equal_the_unfused_model_in_onnxruntime(
     assert manifest.proof.versions.keys() == {"onnxruntime", "onnxruntime-genai"}
     assert manifest.attention is not None
     assert (manifest.attention.fused, manifest.attention.layers) == (2, 2)
+    assert manifest.attention.packed == 2
     assert "Softmax" not in kinds(tmp_path / "out")
     assert shares_buffer(tmp_path / "out")
 

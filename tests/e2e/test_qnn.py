@@ -18,11 +18,24 @@ from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.opt import optimize
-from faq_onnx.passes import StaticShapesPass, run_passes
+from faq_onnx.passes import (
+    ProductSteps,
+    QuantizeActivationsPass,
+    StaticShapesPass,
+    run_passes,
+)
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.packing import pack_codes
-from faq_onnx.quant.uniform import BlockGrid, dequantize, minmax_grid, round_to_grid
-from faq_onnx.targets.qnn_runtime import QnnError, compile_graph, is_here
+from faq_onnx.quant.uniform import (
+    BlockGrid,
+    dequantize,
+    minmax_grid,
+    quantize_rtn,
+    round_to_grid,
+    unpack_weight,
+)
+from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.targets.qnn_runtime import Compiler, QnnError, is_here
 from faq_onnx.testing import write_tiny_llama
 
 QWEN3 = Path(__file__).parents[1] / "fixtures" / "exporters" / "optimum-qwen3-untied-fp32"
@@ -41,6 +54,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
     np.save(path, np.random.default_rng(0).integers(3, 150, (8, 64)))
     return path
+
+
+def _normal(seed: int) -> npt.NDArray[np.float32]:
+    return (np.random.default_rng(seed).standard_normal((64, 64)) * 0.1).astype(np.float32)
 
 
 def _proved(manifest: PackageManifest) -> bool:
@@ -118,6 +135,43 @@ def test_another_compiler_compiles_again(cli: Any, tmp_path: Path) -> None:
     assert done.code == 0, done.err  # what the file says of the old compiler does not count
 
 
+LPBQ = ("--block-scales", "lpbq", "--symmetric", "--block-size", "32")
+INTEGERS = ("--target-option", "activations=16-bit")
+TOGETHER = ("--target-option", "weights=shared")
+
+
+def test_products_on_integers_and_both_graphs_in_one_binary(
+    cli: Any, tokens: Path, tmp_path: Path
+) -> None:
+    out, apart = tmp_path / "out", tmp_path / "apart"
+    words = ("convert", QWEN3, "--target", "qnn", *CALIBRATION, "-q", *LPBQ, "--lm-head", "4")
+    wish = ("--calibration", tokens, "--max-kl", "9", "--target-option", "prompt_tokens=32")
+    done = cli.run(*words, *wish, "-o", out, *INTEGERS, *TOGETHER)
+    assert done.code == 0, done.err
+    manifest = PackageManifest.load(out / "package.json")
+    assert _proved(manifest)
+    graphs, activations = manifest.tables
+    prefill, decode = graphs.rows
+    assert decode[-1] == "with prefill"
+    assert not (out / "decode_ctx_qnn.bin").exists()
+    assert activations.rows[0][:2] == ("16-bit", 15)
+    assert cli.run("verify", out, "-q").code == 0
+    # the same model with a binary each: what is shared is in it once
+    again = cli.run("package", out, "-o", apart, "--target", "qnn", "-q", *wish[4:], *INTEGERS)
+    assert again.code == 0, again.err
+    sizes = [row[-1] for row in PackageManifest.load(apart / "package.json").tables[0].rows]
+    assert int(prefill[-1]) < 0.8 * sum(map(int, sizes))
+
+
+def test_models_without_weights_of_lpbq_are_refused_at_once(
+    cli: Any, tokens: Path, tmp_path: Path
+) -> None:
+    words = ("convert", QWEN3, "-o", tmp_path / "out", "--target", "qnn", "-q", *INTEGERS)
+    done = cli.run(*words, "--calibration", tokens)
+    assert done.code == 5, done.err
+    assert "--block-scales lpbq --symmetric" in done.err
+
+
 LPBQ_PROGRAM = """
 import sys, numpy as np, onnxruntime as ort, onnxruntime_qnn
 name = "QNNExecutionProvider"
@@ -192,11 +246,11 @@ def test_products_over_a_matrix_are_lifted(tmp_path: Path, lifted: bool) -> None
     lift = ",lift-matmul-nbits" if lifted else ""
     save_model(optimize(model, f"matmul-to-nbits{lift}").model, tmp_path / "m.onnx")
     if lifted:
-        compiled = compile_graph(tmp_path / "m.onnx", "v75")
+        compiled = Compiler("v75").compile(tmp_path / "m.onnx")
         assert compiled.nodes == {"QNNExecutionProvider": 3}
         return
     with pytest.raises(QnnError, match="assigned to the default CPU EP"):
-        compile_graph(tmp_path / "m.onnx", "v75")
+        Compiler("v75").compile(tmp_path / "m.onnx")
 
 
 def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
@@ -211,4 +265,48 @@ def test_nodes_that_the_npu_does_not_take_are_named(tmp_path: Path) -> None:
     run_passes(model, [StaticShapesPass({**shapes, "attention_mask": (1, 4)})])
     save_model(model, tmp_path / "odd.onnx")
     with pytest.raises(QnnError, match=r"QNN does not take odd \(Hardmax\)"):
-        compile_graph(tmp_path / "odd.onnx", "v75")
+        Compiler("v75").compile(tmp_path / "odd.onnx")
+
+
+@pytest.mark.parametrize(("rows", "misplaced"), [(8, False), (16, True), (32, False)])
+def test_rows_of_integer_products_behind_a_norm(
+    tmp_path: Path, rows: int, misplaced: bool
+) -> None:
+    """Why 16-bit activations refuse prompt_tokens=16: if this fails, the compiler is mended."""
+    fmt = block_format(4, 32, symmetric=True, block_scales="lpbq")
+    weights = {
+        name: quantize_rtn(_normal(seed), fmt) for seed, name in enumerate(("gate", "up", "down"))
+    }
+    product = "com.microsoft.MatMulNBits <K = 64, N = 64, bits = 4, block_size = 32>"
+    packed = ", ".join(f"uint8[64,2,16] {n}_B, float[64,2] {n}_S" for n in weights)
+    model = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]>
+        g (float[1,{rows},64] x, float[64] gain, {packed}) => (float[1,{rows},64] y) {{
+          n = SimplifiedLayerNormalization <axis = -1, epsilon = 0.000001> (x, gain)
+          g = {product} (n, gate_B, gate_S)
+          u = {product} (n, up_B, up_S)
+          h = Mul (g, u)
+          [down] y = {product} (h, down_B, down_S)
+        }}"""
+    )
+    for value in model.graph.inputs[1:]:
+        name, _, part = str(value.name).partition("_")
+        array: npt.NDArray[Any] = np.ones(64, np.float32)
+        if part:
+            scales = unpack_weight(weights[name])[1].scale
+            array = weights[name].packed if part == "B" else scales
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    del model.graph.inputs[1:]
+    x = np.random.default_rng(9).standard_normal((1, rows, 64)).astype(np.float32)
+    save_model(model, tmp_path / "float.onnx")
+    expected = run_session(open_session(tmp_path / "float.onnx"), {"x": x}, ["y"])["y"]
+    steps = ProductSteps(20 / 32767, 20 / 32767)
+    run_passes(model, [QuantizeActivationsPass({"down": steps})])
+    save_model(model, tmp_path / "model.onnx")
+    np.save(tmp_path / "x.npy", x)
+    files = [str(tmp_path / name) for name in ("model.onnx", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-c", LPBQ_PROGRAM, *files], check=True, capture_output=True)
+    difference = np.load(tmp_path / "y.npy") - expected
+    error = np.linalg.norm(difference) / np.linalg.norm(expected)
+    assert (error > 0.5) if misplaced else (error < 0.02)

@@ -103,12 +103,19 @@ SHAPES = (
 def test_every_pass_of_the_table_can_be_built(name: str) -> None:
     options = {
         "fold-scales": "{scale=2}",
+        "quantize-activations": "{step=1}",
         "quantize-cache": "{scale=1}",
         "static-shapes": f'{{shapes="{SHAPES}"}}',
     }
     model = tiny_llama_onnx(TinyLlama(layers=1))
     result = optimize(model, name + options.get(name, ""))
-    nothing_to_do = {"lift-matmul-nbits", "quantize-cache", "remove-unused"}
+    nothing_to_do = {
+        "lift-matmul-nbits",
+        "pack-qkv",
+        "quantize-activations",
+        "quantize-cache",
+        "remove-unused",
+    }
     assert result.modified == (name not in nothing_to_do)
 
 

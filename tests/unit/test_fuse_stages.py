@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from faq_onnx.fuse_stages import (
     trial_tokens,
 )
 from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.opt import optimize
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx, write_tiny_llama
 
 
@@ -40,7 +42,8 @@ def test_the_model_as_it_came_is_kept_beside(
     out, work = folders
     saved = save_package_model(load_model(source.onnx_path), source, *folders, fuse_attention=True)
     assert saved.fusion is not None
-    assert saved.fusion.fused == 2
+    assert (saved.fusion.fused, saved.fusion.packed) == (2, 2)
+    assert "query, key and value in one product in 2" in saved.fusion.text
     assert saved.plain.is_relative_to(work)
     tokens = trial_tokens({"vocab_size": 288})
     assert saved.fusion.error == fusion_error(saved.plain, out / "model.onnx", tokens)
@@ -55,10 +58,31 @@ def test_a_fused_model_that_computes_something_else_is_not_kept(
     out, _ = folders
     assert saved.plain == out / "model.onnx"
     assert saved.fusion is not None
-    assert saved.fusion.fused == 0
+    assert (saved.fusion.fused, saved.fusion.packed) == (0, 0)
     assert "logits differ by" in saved.fusion.text
     kinds = {node.op_type for node in load_model(out / "model.onnx").graph}
     assert "Softmax" in kinds
+
+
+def test_what_is_fused_already_is_packed(
+    source: SourceModel, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = load_model(source.onnx_path)
+    config = json.loads((source.onnx_path.parent / "config.json").read_text())
+    optimize(model, "fuse-attention", config=config)
+    save_model(model, tmp_path / "fused.onnx")
+    model = load_model(tmp_path / "fused.onnx")
+    saved = save_package_model(model, source, *folders, fuse_attention=True)
+    assert saved.fusion is not None
+    assert (saved.fusion.fused, saved.fusion.packed) == (2, 2)
+    assert saved.plain.is_relative_to(folders[1])
+    model = load_model(folders[0] / "model.onnx")
+    again = tmp_path / "again"
+    again.mkdir()
+    saved = save_package_model(model, source, again, folders[1], fuse_attention=True)
+    assert saved.fusion is not None
+    assert (saved.fusion.packed, saved.fusion.error) == (2, None)
+    assert saved.plain == again / "model.onnx"
 
 
 def test_without_a_config_nobody_knows_how_long_texts_may_be(

@@ -18,6 +18,7 @@ from faq_onnx.quant.uniform import (
     range_grid,
     round_to_grid,
     to_blocks,
+    to_quantized_weight,
     unpack_weight,
 )
 
@@ -184,3 +185,22 @@ def test_odd_block_counts_pad_the_zero_points() -> None:
     assert quantized.zero_points is not None
     assert quantized.zero_points.shape == (3, 2)
     assert quantized.size_bytes == 3 * 48 + 3 * 3 * 4 + 6
+
+
+def test_rows_of_lpbq_have_the_unit_that_the_npu_takes() -> None:
+    fmt = block_format(4, 32, symmetric=True, block_scales="lpbq")
+    blocks = to_blocks(_weight(16, 256), 32)
+    grid = minmax_grid(blocks, fmt)
+    assert grid.unit is not None
+    searched = grid.unit.round(grid.scale * np.float32(0.85))  # no row reaches 16 multiples
+    codes = round_to_grid(blocks, BlockGrid(searched, grid.zero_point, grid.unit), fmt)
+    packed = to_quantized_weight(
+        codes, BlockGrid(searched, grid.zero_point, grid.unit), fmt, 256, np.float32
+    )
+    assert (packed.scales.max(axis=1) == 16).all()
+    before = dequantize(codes, BlockGrid(searched, grid.zero_point, grid.unit)).reshape(16, -1)
+    lost = np.abs(dequantize_weight(packed) - before)
+    # a code moves to the nearest level of a scale that is at most half a unit away
+    scales = unpack_weight(packed)[1].scale
+    assert (lost.reshape(blocks.shape) <= scales[..., np.newaxis] * 0.75).all()
+    assert np.linalg.norm(lost) < 0.03 * np.linalg.norm(before)

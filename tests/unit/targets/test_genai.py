@@ -13,6 +13,8 @@ import pytest
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.target import ProofCheck
 from faq_onnx.errors import PackageError
+from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.opt import optimize
 from faq_onnx.progress import SILENT, Silent
 from faq_onnx.runtime.reference import take_reference
 from faq_onnx.runtime.session import open_session
@@ -100,6 +102,23 @@ def test_a_config_by_genais_builder_is_kept(package: SourceModel) -> None:
         "type": "phi3",
         "decoder": {"filename": "model.onnx", "x": 1},
     }
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_kept_config_shares_the_buffer_where_the_graph_can(
+    package: SourceModel, fused: bool
+) -> None:
+    folder = package.onnx_path.parent
+    content = _write(package)  # as `convert --no-fuse-attention` leaves it
+    content["search"].update(past_present_share_buffer=not fused, top_k=7)
+    (folder / "genai_config.json").write_text(json.dumps(content))
+    if fused:
+        model = load_model(package.onnx_path)
+        optimize(model, "fuse-attention{positions=64}")
+        save_model(model, folder / "fused.onnx")
+        (folder / "fused.onnx").replace(package.onnx_path)
+    search = _write(package)["search"]
+    assert (search["past_present_share_buffer"], search["top_k"]) == (fused, 7)
 
 
 def test_what_genai_cannot_run_gets_a_note(package: SourceModel) -> None:

@@ -87,6 +87,28 @@ def test_options() -> None:
         open_target("qnn", {"context": "64"})
 
 
+def test_16_bit_activations_need_weights_of_lpbq() -> None:
+    target = open_target("qnn", {"activations": "16-bit"})
+
+    def refused(block_scales: str) -> str:
+        fmt = FORMAT.model_copy(update={"symmetric": True, "block_scales": block_scales})
+        weights = (WEIGHT.model_copy(update={"format": fmt}),)
+        outline = ModelOutline(weights=weights, model_bytes=9, inputs=INPUTS)
+        return "\n".join(refusal.text for refusal in target.refusals(outline))
+
+    assert refused("lpbq") == ""
+    assert "1 weights, none with block scales of lpbq" in refused("8-bit")
+    assert "--block-scales lpbq --symmetric" in refused("float")
+
+
+def test_16_bit_activations_over_16_tokens_are_refused() -> None:
+    options = {"activations": "16-bit", "prompt_tokens": "16"}
+    with pytest.raises(ConfigError, match="not with prompt_tokens=16, where the compiler"):
+        open_target("qnn", options)
+    with pytest.raises(ConfigError, match="found '8-bit'"):
+        open_target("qnn", {"activations": "8-bit"})
+
+
 def test_three_graphs_share_one_file_of_weights(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path)
     before = (tmp_path / "model.onnx").stat().st_size
