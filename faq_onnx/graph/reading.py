@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.metadata
 import mmap
 from pathlib import Path
 
@@ -15,10 +18,32 @@ from faq_onnx.graph.wire import MIN_DETACHED_BYTES, WireError, detach_tensors
 
 __all__ = ["check_inline", "read_graph", "read_if_small"]
 
-# What onnxruntime 1.31.1 loads (measured); newer files are refused before any work is done.
-MAX_IR_VERSION = 13
-MAX_OPSET = 26
-RUNTIME = "onnxruntime 1.31.1"
+
+@dataclasses.dataclass(frozen=True)
+class ReadableVersions:
+    """The newest files that the installed onnxruntime loads: others are refused before any work.
+
+    Attributes:
+        runtime: Its name and version.
+        ir_version: Of the file format.
+        opset: Of ONNX's own operators.
+    """
+
+    runtime: str
+    ir_version: int
+    opset: int
+
+    @classmethod
+    @functools.cache
+    def installed(cls) -> ReadableVersions:
+        """Measured on 1.31.1 and 1.32.0; the least of them where the version is not known."""
+        try:
+            version = importlib.metadata.version("onnxruntime")
+        except importlib.metadata.PackageNotFoundError:  # another build, under another name
+            return cls("onnxruntime 1.31", 13, 26)
+        release = tuple(int(part) for part in version.split(".")[:2])
+        limits = (14, 28) if release >= (1, 32) else (13, 26)
+        return cls(f"onnxruntime {version}", *limits)
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -107,16 +132,17 @@ def _read_skeleton(path: Path) -> onnx.ModelProto:
 
 
 def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
-    if proto.ir_version > MAX_IR_VERSION:
+    newest = ReadableVersions.installed()
+    if proto.ir_version > newest.ir_version:
         raise UnsupportedModelError(
-            f"{path} has IR version {proto.ir_version}; {RUNTIME} reads up to {MAX_IR_VERSION}: "
-            "export it with a lower IR version"
+            f"{path} has IR version {proto.ir_version}; {newest.runtime} reads up to "
+            f"{newest.ir_version}: export it with a lower IR version, or update onnxruntime"
         )
     opsets = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-    if opsets and max(opsets) > MAX_OPSET:
+    if opsets and max(opsets) > newest.opset:
         raise UnsupportedModelError(
-            f"{path} needs opset {max(opsets)}; {RUNTIME} supports up to {MAX_OPSET}: "
-            f"export it with opset {MAX_OPSET} or lower"
+            f"{path} needs opset {max(opsets)}; {newest.runtime} supports up to {newest.opset}: "
+            f"export it with opset {newest.opset} or lower, or update onnxruntime"
         )
     if proto.graph.sparse_initializer:
         name = proto.graph.sparse_initializer[0].values.name

@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
+from faq_onnx.graph.reading import ReadableVersions
 from faq_onnx.testing import TinyLlama
 
 Array = npt.NDArray[np.floating]
@@ -167,17 +169,34 @@ def test_activations_that_overflow(
 
 def test_opset_that_the_runtime_refuses(refuse: Refuse, make_source: MakeSource) -> None:
     def change(model: ir.Model) -> None:
-        model.graph.opset_imports[""] = 27
+        model.graph.opset_imports[""] = 99
 
-    refuse(MODEL, make_source(change=change), says=("opset 27", "up to 26", "export it with"))
+    newest = ReadableVersions.installed()
+    says = ("opset 99", newest.runtime, f"up to {newest.opset}", "export it with")
+    refuse(MODEL, make_source(change=change), says=says)
 
 
 def test_ir_version_that_the_runtime_refuses(refuse: Refuse, make_source: MakeSource) -> None:
     def change(model: ir.Model) -> None:
-        model.ir_version = 14
+        model.ir_version = 99
 
-    says = ("IR version 14", "up to 13", "export it with")
+    newest = ReadableVersions.installed()
+    says = ("IR version 99", newest.runtime, f"up to {newest.ir_version}", "export it with")
     refuse(MODEL, make_source(change=change), says=says)
+
+
+def test_newest_versions_that_are_not_refused_load() -> None:
+    newest = ReadableVersions.installed()
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape([2]))
+    node = ir.node("Relu", [x])
+    node.outputs[0].name = "y"
+    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, x.shape
+    opsets = {"": newest.opset}
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports=opsets, name="g")
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=newest.ir_version))
+    session = ort.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {"x": np.array([-1, 1], np.float32)})
+    assert np.asarray(found).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("method", METHODS)
