@@ -229,7 +229,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("opset", "ir_version", "message"),
-    [(27, 8, "opset 27; onnxruntime .* up to 26"), (18, 14, "IR version 14; .* up to 13")],
+    [(99, 8, r"opset 99; onnxruntime .* up to \d\d:"), (18, 99, r"IR version 99; .* up to \d\d:")],
 )
 def test_too_new_for_the_runtime(
     tmp_path: Path, opset: int, ir_version: int, message: str
