@@ -16,6 +16,7 @@ from faq_onnx.passes import FoldScalesPass
 
 Scales = dict[str, npt.NDArray[np.float32]]
 MakeScales = Callable[[ModelCensus, bool], Scales]
+HeadLosses = Callable[..., npt.NDArray[np.float64]]
 MakeFold = Callable[[ModelCensus, Scales, ScaleApplication], FoldScalesPass]
 
 # The same commit has the same result: examples of property tests are a function of the test.
@@ -39,6 +40,24 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def head_losses() -> HeadLosses:
+    """tr(H_out dW H_in dW^T) of each head, in float64; H_in [K, K], or one per head."""
+
+    def losses(
+        delta: npt.NDArray[np.floating],
+        gram_in: npt.NDArray[np.floating],
+        gram_out: npt.NDArray[np.floating],
+    ) -> npt.NDArray[np.float64]:
+        heads = delta.astype(np.float64).reshape(*gram_out.shape[:2], -1)
+        found: npt.NDArray[np.float64] = np.einsum(
+            "hij,hjk,hik->h", gram_out, heads @ gram_in, heads
+        )
+        return found
+
+    return losses
 
 
 @pytest.fixture

@@ -217,9 +217,9 @@ class _Found:
 def _search(weights: Weights, candidates: Sequence[tuple[float, Array]], judge: _Judge) -> _Found:
     """The best candidate on some rows, where it is also better than the identity on all."""
     ones = np.ones(weights[0][0].shape[1], np.float32)
+    identity = judge(weights, ones)  # before the threads: what the judge derives is made once
     sample = [(_spread_rows(weight), plan) for weight, plan in weights]
     losses = list(map_in_threads(lambda pair: judge(sample, pair[1]), [(0.0, ones), *candidates]))
-    identity = judge(weights, ones)
     best = int(np.argmin(losses))
     if best > 0:
         exponent, scale = candidates[best - 1]

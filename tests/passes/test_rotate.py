@@ -237,27 +237,25 @@ def _break_stream_reader(model: ir.Model) -> None:
     model.graph.insert_after(add, extra)
 
 
+def _put_behind(model: ir.Model, above: str, op_type: str, name: str) -> None:
+    """An operator with a constant [64] behind the node `above`, for all its readers."""
+    node = next(n for n in model.graph if n.name == above)
+    constant = ir.val("extra", const_value=ir.tensor(np.ones(64, np.float32), name="extra"))
+    model.graph.register_initializer(constant)
+    extra = ir.node(op_type, [node.outputs[0], constant], name=name)
+    extra.outputs[0].name = f"{name}_output"
+    node.outputs[0].replace_all_uses_with(extra.outputs[0])
+    extra.replace_input_with(0, node.outputs[0])
+    model.graph.insert_after(node, extra)
+
+
 def _break_post_norm(model: ir.Model) -> None:
     """A gain behind o_proj, as Gemma 3 has."""
-    node = next(n for n in model.graph if n.name == "/model/layers.0/self_attn/o_proj/MatMul")
-    gain = ir.val("gain", const_value=ir.tensor(np.ones(64, np.float32), name="gain"))
-    model.graph.register_initializer(gain)
-    mul = ir.node("Mul", [node.outputs[0], gain], name="post_norm")
-    mul.outputs[0].name = "post_normed"
-    node.outputs[0].replace_all_uses_with(mul.outputs[0])
-    mul.replace_input_with(0, node.outputs[0])
-    model.graph.insert_after(node, mul)
+    _put_behind(model, "/model/layers.0/self_attn/o_proj/MatMul", "Mul", "post_norm")
 
 
 def _break_norm_bias(model: ir.Model) -> None:
-    norm = next(n for n in model.graph if n.name == "/model/norm/Mul_1")
-    bias = ir.val("bias", const_value=ir.tensor(np.ones(64, np.float32), name="bias"))
-    model.graph.register_initializer(bias)
-    add = ir.node("Add", [norm.outputs[0], bias], name="norm_bias")
-    add.outputs[0].name = "biased"
-    norm.outputs[0].replace_all_uses_with(add.outputs[0])
-    add.replace_input_with(0, norm.outputs[0])
-    model.graph.insert_after(norm, add)
+    _put_behind(model, "/model/norm/Mul_1", "Add", "norm_bias")
 
 
 @pytest.mark.parametrize(

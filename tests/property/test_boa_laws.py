@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +18,9 @@ from faq_onnx.quant.gptq import GramFactor
 from faq_onnx.quant.uniform import code_limits, dequantize, minmax_grid, round_to_grid, to_blocks
 
 pytestmark = pytest.mark.property
+HeadLosses = Callable[..., npt.NDArray[np.float64]]
 FEW = settings(max_examples=60, deadline=None)
 FORMATS = st.builds(block_format, st.sampled_from(CODE_BITS), st.just(16), symmetric=st.booleans())
-
-
-def _losses(
-    delta: npt.NDArray[np.floating],
-    gram_in: npt.NDArray[np.floating],
-    gram_out: npt.NDArray[np.floating],
-) -> npt.NDArray[np.float64]:
-    """tr(H_out dW H_in dW^T) of each head, in float64; H_in [K, K], or one per head."""
-    heads = delta.astype(np.float64).reshape(*gram_out.shape[:2], -1)
-    losses: npt.NDArray[np.float64] = np.einsum("hij,hjk,hik->h", gram_out, heads @ gram_in, heads)
-    return losses
 
 
 def _gram(rng: np.random.Generator, size: int, rank: int) -> npt.NDArray[np.float32]:
@@ -64,7 +55,9 @@ CASES = st.builds(
 
 @FEW
 @given(FORMATS, CASES)
-def test_no_head_loses_more_than_nearest(fmt: BlockFormat, case: Case) -> None:
+def test_no_head_loses_more_than_nearest(
+    head_losses: HeadLosses, fmt: BlockFormat, case: Case
+) -> None:
     heads, size, columns = case.heads, case.size, case.columns
     rng = np.random.default_rng(case.seed)
     weight = rng.normal(size=(heads * size, columns)).astype(np.float32)
@@ -90,6 +83,8 @@ def test_no_head_loses_more_than_nearest(fmt: BlockFormat, case: Case) -> None:
 
     nearest, own = error(round_to_grid(blocks, grid, fmt)), error(found)
     # the choice compares float32 sums of columns + size terms of either sign
-    terms = _losses(abs(nearest) + abs(own), np.abs(grams), abs(gram_out))
+    terms = head_losses(abs(nearest) + abs(own), np.abs(grams), abs(gram_out))
     slack = (columns + size) * 2.0**-23 * terms
-    assert (_losses(own, grams, gram_out) <= _losses(nearest, grams, gram_out) + slack).all()
+    assert (
+        head_losses(own, grams, gram_out) <= head_losses(nearest, grams, gram_out) + slack
+    ).all()
