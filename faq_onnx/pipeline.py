@@ -1,4 +1,4 @@
-"""What every command and the Python API run; the stages themselves are in `conversion`."""
+"""What every command and the Python API run; what they are made of is in `stages`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from faq_onnx import budget_stages, checks, package_stages, run_report, stages
 from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.plan import QuantPlan
 from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, Totals
@@ -14,16 +13,17 @@ from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import LogitMetrics, VerificationReport
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.conversion import Run, open_stats, work_folder
 from faq_onnx.errors import PackageError, UnsupportedFormatError
 from faq_onnx.export import resolve_source
-from faq_onnx.fuse_stages import MODEL_NAME, save_package_model, trial_tokens
-from faq_onnx.outline import outline_of_model, outline_of_plan
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, check_statistics, make_plan
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
-from faq_onnx.rotate_stages import rotate
+from faq_onnx.stages import budgeting, checks, opening, packaging, run_report
+from faq_onnx.stages.conversion import Run, open_stats, work_folder
+from faq_onnx.stages.fusing import MODEL_NAME, save_package_model, trial_tokens
+from faq_onnx.stages.outline import outline_of_model, outline_of_plan
+from faq_onnx.stages.rotating import rotate
 from faq_onnx.targets import DEFAULT_TARGET
 from faq_onnx.targets.opening import open_target
 from faq_onnx.targets.package import MANIFEST_NAME, OutputFolder
@@ -75,7 +75,7 @@ def convert(  # noqa: PLR0913 - the public entry point
         FaqOnnxError: See `faq_onnx.errors`.
     """
     chosen = open_target(target, target_options)
-    config = package_stages.settle(config, chosen)
+    config = packaging.settle(config, chosen)
     with OutputFolder(output, _origin(source), force) as out, work_folder(work) as folder:
         run = Run(folder, progress, config, chosen, force)
         opened = run.open(source)
@@ -89,7 +89,7 @@ def convert(  # noqa: PLR0913 - the public entry point
 def inspect(source: str, *, progress: Progress = SILENT) -> ModelCensus:
     """What is in a model, and what would be left alone."""
     with work_folder(None) as work:
-        return stages.open_model(source, work, progress).census
+        return opening.open_model(source, work, progress).census
 
 
 def inspect_for(
@@ -101,13 +101,13 @@ def inspect_for(
     census and is judged as it is.
     """
     chosen = open_target(target)
-    config = package_stages.settle(QuantizeConfig(), chosen)
+    config = packaging.settle(QuantizeConfig(), chosen)
     with work_folder(None) as work:
-        resolved, model = stages.load_source(source, work, progress)
-        outline = outline_of_model(model, stages.source_bytes(resolved, model))
+        resolved, model = opening.load_source(source, work, progress)
+        outline = outline_of_model(model, opening.source_bytes(resolved, model))
         if outline.weights:
             return None, chosen.refusals(outline)
-        opened = stages.understand(resolved, model, progress)
+        opened = opening.understand(resolved, model, progress)
         sites = plan_sites(opened.census, config)
         tables = plan_embeddings(opened.census, config, sites)
         fuse = config.fuse_attention
@@ -125,20 +125,20 @@ def preview(
 ) -> tuple[tuple[SiteRow, ...], tuple[EmbeddingRow, ...], Totals]:
     """The formats that `convert` would use, without running the model."""
     if config.budget is not None:
-        budget_stages.check_budget(config)
+        budgeting.check_budget(config)
         progress.note(
             f"--dry-run does not run the model, and --budget {config.budget} would have to: these "
             "are the formats of --bits and --block-size"
         )
     chosen = open_target(target, target_options)
-    config = package_stages.settle(config, chosen)
+    config = packaging.settle(config, chosen)
     with work_folder(None) as work:
         # a wrong wish is told here as in `convert`
         opened = Run(work, progress, config, chosen).open(source)
         planned = make_plan(opened.census, _plain(config), None, opened.read)
         sites = site_rows(opened.census, planned.plan, {})
         tables = embedding_rows(opened.census, planned.plan)
-        size = stages.source_bytes(opened.source, opened.given.model)
+        size = opening.source_bytes(opened.source, opened.given.model)
         return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
 
 
@@ -168,7 +168,7 @@ def calibrate(  # noqa: PLR0913 - one argument per option of the command
     What `target` would not run is refused first, as `convert` does it.
     """
     chosen = open_target(target, target_options)
-    config = package_stages.settle(config, chosen)
+    config = packaging.settle(config, chosen)
     with OutputFolder(output, None, force) as out, work_folder(None) as work:
         run = Run(work, progress, config, chosen)
         opened = run.open(source)
@@ -193,7 +193,7 @@ def plan(  # noqa: PLR0913 - one argument per input of the stage
     Formats are those that `target` runs, else the plan is refused, as `convert` does it.
     """
     chosen = open_target(target, target_options)
-    config = package_stages.settle(config, chosen)
+    config = packaging.settle(config, chosen)
     with OutputFolder(output, None, force) as out, work_folder(None) as work:
         run = Run(work, progress, config, chosen)
         opened = run.open(source)
@@ -221,11 +221,11 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     """
     chosen = open_target(target, target_options)
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
-        opened = stages.open_model(source, work, progress)
+        opened = opening.open_model(source, work, progress)
         chosen.check_source(opened.source, opened.model)
         opened = rotate(opened, PlannedModel.load_plan(plan).config or QuantizeConfig())
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
-        config = package_stages.settle(_as_planned(config, planned.plan), chosen)
+        config = packaging.settle(_as_planned(config, planned.plan), chosen)
         run = Run(work, progress, config, chosen, force)
         try:
             run.check_target(opened, planned.plan.sites, planned.plan.embeddings)
@@ -256,16 +256,16 @@ def package(  # noqa: PLR0913 - one argument per option of the command
     chosen = open_target(target, target_options)
     fuse = fuse_attention and chosen.fuses_attention
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
-        resolved, model = stages.load_source(source, work, progress)
+        resolved, model = opening.load_source(source, work, progress)
         chosen.check_source(resolved, model)
-        outline = outline_of_model(model, stages.source_bytes(resolved, model))
-        package_stages.check_limits(chosen, outline)
+        outline = outline_of_model(model, opening.source_bytes(resolved, model))
+        packaging.check_limits(chosen, outline)
         with progress.stage("save", 1, "models") as advance:
             saved = save_package_model(model, resolved, out.path, work, fuse_attention=fuse)
             advance(1)
-        finished = package_stages.Finished(resolved, out.path, work, saved)
-        prompt = [int(token) for token in trial_tokens(stages.read_config(resolved))]
-        return package_stages.make_package(finished, chosen, prompt, progress, force=force)
+        finished = packaging.Finished(resolved, out.path, work, saved)
+        prompt = [int(token) for token in trial_tokens(opening.read_config(resolved))]
+        return packaging.make_package(finished, chosen, prompt, progress, force=force)
 
 
 def verify(
@@ -290,7 +290,7 @@ def verify(
         report = checks.verify_file(path, logits, (), None, progress)
     if manifest is None or not output.is_dir():
         return report
-    proof, changes = package_stages.prove_again(output, manifest, progress)
+    proof, changes = packaging.prove_again(output, manifest, progress)
     return report.model_copy(update={"proof": proof, "changes": changes})
 
 
@@ -300,7 +300,7 @@ def _compare(path: Path, source: str, progress: Progress) -> LogitMetrics:
     config = RunReport.load(report).config if report.is_file() else QuantizeConfig()
     with work_folder(None) as work:
         run = Run(work, progress, config)
-        opened = stages.open_model(source, work, progress)
+        opened = opening.open_model(source, work, progress)
         windows = run.tokens(opened, calibrate=False)
         return checks.compare_to_reference(path, run.reference(opened, windows), progress)
 

@@ -35,13 +35,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 from peer_tools import PEERS, Job
 
-from faq_onnx import stages
 from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.config import CalibrationConfig
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.progress import SILENT
 from faq_onnx.runtime.feeds import decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.stages import opening
 from faq_onnx.verify.logits import LogitComparison
 
 QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     args.models_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.models_dir) as scratch:
         print(_HEAD, flush=True)
-        opened = stages.open_model(args.model, Path(scratch), SILENT)
+        opened = opening.open_model(args.model, Path(scratch), SILENT)
         source = opened.source.onnx_path
 
         def windows(text: str, count: int) -> Tokens:

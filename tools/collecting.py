@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from faq_onnx import stages
 from faq_onnx.artifacts.sensitivity import Sensitivities
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector, corpus_fingerprint
@@ -19,6 +18,7 @@ from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.planning.planner import needs_statistics
 from faq_onnx.planning.prediction import CoarseRounding
 from faq_onnx.progress import SILENT, Progress
+from faq_onnx.stages import opening
 
 __all__ = ["Statistics"]
 
@@ -36,7 +36,7 @@ class Statistics:
         seconds: That collecting took so far.
     """
 
-    opened: stages.OpenedModel
+    opened: opening.OpenedModel
     work: Path
     progress: Progress = SILENT
     seconds: float = 0.0

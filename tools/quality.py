@@ -22,7 +22,6 @@ from figures import Figure
 from model_files import bits_per_weight, evaluate_file, set_accuracy_level
 from work import load_windows
 
-from faq_onnx import quantize_stages, stages
 from faq_onnx.analysis import canonicalise
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector
@@ -32,6 +31,7 @@ from faq_onnx.config import CalibrationConfig, QuantizeConfig
 from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.planning.planner import PlannedModel, make_plan
 from faq_onnx.progress import SILENT, Progress
+from faq_onnx.stages import opening, quantizing
 
 __all__ = ["Bench"]
 
@@ -53,7 +53,7 @@ class Bench:
     """
 
     source: str
-    opened: stages.OpenedModel
+    opened: opening.OpenedModel
     reference: ReferenceLogits
     work: Path
     windows: Tokens
@@ -73,7 +73,7 @@ class Bench:
         progress: Progress = SILENT,
     ) -> Bench:
         """Open; `evaluation` is a text file, or "heldout" for calibration's own rest."""
-        opened = stages.open_model(source, work, progress)
+        opened = opening.open_model(source, work, progress)
         own = windows if evaluation == "heldout" else 0
         tokens = load_windows(opened, calibration, pool=pool, holdout=own, progress=progress)
         held_out = tokens.heldout
@@ -103,7 +103,7 @@ class Bench:
         return self.statistics.collect(scale_windows(config, self.windows))
 
     def plan(
-        self, fresh: stages.OpenedModel, config: QuantizeConfig, stats: CalibrationStats | None
+        self, fresh: opening.OpenedModel, config: QuantizeConfig, stats: CalibrationStats | None
     ) -> PlannedModel:
         """Formats and channel scales."""
         found = None
@@ -142,7 +142,7 @@ class Bench:
     def finish(  # noqa: PLR0913, PLR0917 - the second half of `measure`
         self,
         name: str,
-        fresh: stages.OpenedModel,
+        fresh: opening.OpenedModel,
         planned: PlannedModel,
         plan_s: float,
         levels: Sequence[int],
@@ -153,7 +153,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             quantized = self.quantize(fresh, planned, stats, Path(folder) / "weights")
             bits = bits_per_weight(quantized.weights)
-            quantize_stages.rewrite(fresh, planned, quantized.weights)
+            quantizing.rewrite(fresh, planned, quantized.weights)
             quantize_s = time.perf_counter() - start
             figures = []
             for level in levels:
@@ -175,23 +175,23 @@ class Bench:
 
     def quantize(
         self,
-        fresh: stages.OpenedModel,
+        fresh: opening.OpenedModel,
         planned: PlannedModel,
         stats: CalibrationStats | None,
         folder: Path,
-    ) -> quantize_stages.Quantized:
+    ) -> quantizing.Quantized:
         """Fold the scales into a fresh model and quantize it as `convert` would."""
         if planned.scales:
-            quantize_stages.fold(fresh, planned)
+            quantizing.fold(fresh, planned)
         config = planned.plan.config or QuantizeConfig()
         if stats is None:
             stats = self.stats_for(config)
         windows = path_windows(config, self.windows)
-        return quantize_stages.quantize(
+        return quantizing.quantize(
             fresh, planned, stats, {}, folder, self.progress, windows=windows
         )
 
-    def fresh(self) -> stages.OpenedModel:
+    def fresh(self) -> opening.OpenedModel:
         """The model once more: conversions change the graph."""
         model = canonicalise(load_model(self.opened.source.onnx_path))
         return dataclasses.replace(self.opened, model=model)

@@ -20,13 +20,13 @@ import numpy.typing as npt
 import quality
 from model_files import evaluate_file
 
-from faq_onnx import quantize_stages
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.graph.io import save_model
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.runtime.generate import generate_greedy
 from faq_onnx.runtime.session import open_session
+from faq_onnx.stages import quantizing
 
 ROUNDS = 5
 TOKENS = 48
@@ -88,7 +88,7 @@ def _write(
 ) -> None:
     fresh = bench.fresh()
     quantized = bench.quantize(fresh, planned, stats, path.with_suffix(".weights"))
-    quantize_stages.rewrite(fresh, planned, quantized.weights)
+    quantizing.rewrite(fresh, planned, quantized.weights)
     save_model(fresh.model, path)
 
 

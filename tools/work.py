@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from faq_onnx import stages
 from faq_onnx.calibration.corpus import TokenWindows, load_corpus
 from faq_onnx.config import CalibrationConfig
 from faq_onnx.progress import SILENT, Progress
+from faq_onnx.stages import opening
 
 __all__ = ["load_windows", "work_folder"]
 
 
 def load_windows(
-    opened: stages.OpenedModel,
+    opened: opening.OpenedModel,
     calibration: CalibrationConfig,
     *,
     pool: int = 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faq_onnx import run_report
+from faq_onnx.stages import run_report
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(

@@ -7,8 +7,8 @@ import pytest
 from faq_onnx.artifacts.plan import BlockFormat
 from faq_onnx.artifacts.target import ModelOutline, PlannedWeight
 from faq_onnx.errors import ConfigError, UnsupportedFormatError
-from faq_onnx.package_stages import check_limits
 from faq_onnx.quant.formats import Provider
+from faq_onnx.stages.packaging import check_limits
 from faq_onnx.targets import TARGETS
 from faq_onnx.targets.limits import nearest, provider_refusals
 from faq_onnx.targets.opening import open_target, split_options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from faq_onnx._tiny_llama import TinyLlama
 from faq_onnx.artifacts.sites import (
     Absorber,
     AbsorberKind,
@@ -15,6 +14,7 @@ from faq_onnx.artifacts.sites import (
     Tie,
     WeightLayout,
 )
+from faq_onnx.testing._llama import TinyLlama
 
 __all__ = ["tiny_llama_census"]
 

@@ -10,10 +10,10 @@ from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
 from faq_onnx.artifacts.target import ModelOutline, OperatorUse, PlannedWeight
 from faq_onnx.config import BlockScales
-from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.quant.stored_scales import LPBQ_MULTIPLES
 from faq_onnx.report.rows import weight_bytes
-from faq_onnx.stages import OpenedModel
+from faq_onnx.stages.fusing import rotary_table_bytes
+from faq_onnx.stages.opening import OpenedModel
 from faq_onnx.verify.nodes import MATMUL, LowBitNode, low_bit_nodes
 
 __all__ = ["outline_of_model", "outline_of_plan", "planned_weight"]

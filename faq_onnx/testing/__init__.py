@@ -1,6 +1,6 @@
 """Tiny models and assertions, for our own tests and for authors of passes.
 
-The model itself is built in `faq_onnx._tiny_llama`. Nothing here is used by the package.
+The model itself is built in `faq_onnx.testing._llama`. Nothing here is used by the package.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from faq_onnx._tiny_census import tiny_llama_census
-from faq_onnx._tiny_folder import (
+from faq_onnx.graph.io import save_model
+from faq_onnx.testing._census import tiny_llama_census
+from faq_onnx.testing._folder import (
     tiny_feeds,
     tiny_llama_config,
     tiny_tokenizer,
     write_tiny_llama,
 )
-from faq_onnx._tiny_llama import TinyLlama, tiny_llama_onnx
-from faq_onnx.graph.io import save_model
+from faq_onnx.testing._llama import TinyLlama, tiny_llama_onnx
 
 __all__ = [
     "TinyLlama",

@@ -15,7 +15,7 @@ from tokenizers import (  # type: ignore[import-untyped]
     pre_tokenizers,
 )
 
-from faq_onnx._tiny_llama import RMS_EPSILON, ROPE_BASE, TinyLlama, tiny_llama_onnx
+from faq_onnx.testing._llama import RMS_EPSILON, ROPE_BASE, TinyLlama, tiny_llama_onnx
 
 __all__ = ["tiny_feeds", "tiny_llama_config", "tiny_tokenizer", "write_tiny_llama"]
 

@@ -12,14 +12,14 @@ from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.artifacts.target import ModelOutline, Refusal, TargetProof
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import UnsupportedFormatError, VerificationError
-from faq_onnx.fuse_stages import MODEL_NAME, SavedModel
 from faq_onnx.graph.exact import exact_twin
 from faq_onnx.graph.io import load_model
-from faq_onnx.outline import outline_of_model
 from faq_onnx.progress import Progress
 from faq_onnx.quant.formats import PROVIDERS
 from faq_onnx.runtime.reference import take_reference
 from faq_onnx.runtime.session import open_session
+from faq_onnx.stages.fusing import MODEL_NAME, SavedModel
+from faq_onnx.stages.outline import outline_of_model
 from faq_onnx.targets.opening import open_target
 from faq_onnx.targets.package import MANIFEST_NAME, copy_companions
 from faq_onnx.targets.protocol import PackageJob, Target

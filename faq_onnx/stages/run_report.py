@@ -13,7 +13,7 @@ from faq_onnx.config import QuantizeConfig
 from faq_onnx.planning.planner import PlannedModel
 from faq_onnx.report.rows import embedding_rows, make_totals, site_rows
 from faq_onnx.report.summary import summary_markdown
-from faq_onnx.stages import OpenedModel
+from faq_onnx.stages.opening import OpenedModel
 
 if sys.platform != "win32":
     import resource

@@ -9,16 +9,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from faq_onnx import fuse_stages
 from faq_onnx.artifacts.source import SourceModel
-from faq_onnx.fuse_stages import (
+from faq_onnx.graph.io import load_model, save_model
+from faq_onnx.opt import optimize
+from faq_onnx.stages import fusing
+from faq_onnx.stages.fusing import (
     fusion_error,
     rotary_table_bytes,
     save_package_model,
     trial_tokens,
 )
-from faq_onnx.graph.io import load_model, save_model
-from faq_onnx.opt import optimize
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx, write_tiny_llama
 
 
@@ -53,7 +53,7 @@ def test_the_model_as_it_came_is_kept_beside(
 def test_a_fused_model_that_computes_something_else_is_not_kept(
     source: SourceModel, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse_stages, "fold_tolerance", lambda *_: -1.0)
+    monkeypatch.setattr(fusing, "fold_tolerance", lambda *_: -1.0)
     saved = save_package_model(load_model(source.onnx_path), source, *folders, fuse_attention=True)
     out, _ = folders
     assert saved.plain == out / "model.onnx"

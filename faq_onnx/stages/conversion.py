@@ -13,14 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from faq_onnx import (
-    budget_stages,
-    checks,
-    package_stages,
-    quantize_stages,
-    run_report,
-    stages,
-)
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import RunReport, StageTime
@@ -34,12 +26,13 @@ from faq_onnx.calibration.walk import ReferenceLogits
 from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import PackageError
-from faq_onnx.fuse_stages import MODEL_NAME, save_package_model
-from faq_onnx.outline import outline_of_plan, planned_weight
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
 from faq_onnx.progress import Progress
-from faq_onnx.rotate_stages import rotate
+from faq_onnx.stages import budgeting, checks, opening, packaging, quantizing, run_report
+from faq_onnx.stages.fusing import MODEL_NAME, save_package_model
+from faq_onnx.stages.outline import outline_of_plan, planned_weight
+from faq_onnx.stages.rotating import rotate
 from faq_onnx.targets.package import check_free_space, name_full_disk
 from faq_onnx.targets.protocol import Target
 
@@ -77,14 +70,14 @@ class Run:
         self.times.append(StageTime(stage=stage, duration_s=round(duration, 3)))
         _LOG.info("%s took %.1f s", stage, duration)
 
-    def open(self, source: str) -> stages.OpenedModel:
+    def open(self, source: str) -> opening.OpenedModel:
         """Open the source and plan its formats: a wrong wish fails here, not in an hour.
 
         The model is rotated where that is asked for; weights are computed when they are read.
         """
-        budget_stages.check_budget(self.config)
+        budgeting.check_budget(self.config)
         with self.timed("open"):
-            opened = stages.open_model(source, self.work, self.progress)
+            opened = opening.open_model(source, self.work, self.progress)
             if self.target is not None:
                 self.target.check_source(opened.source, opened.model)
             opened = rotate(opened, self.config)
@@ -104,7 +97,7 @@ class Run:
 
     def check_target(
         self,
-        opened: stages.OpenedModel,
+        opened: opening.OpenedModel,
         sites: Sequence[SitePlan],
         embeddings: Sequence[EmbeddingPlan],
         *,
@@ -119,28 +112,28 @@ class Run:
             file_bytes: Of the finished model, where that is not what the plans come to.
 
         Raises:
-            UnsupportedFormatError: See `package_stages.check_limits`.
+            UnsupportedFormatError: See `packaging.check_limits`.
         """
         if self.target is not None:
             fuse = self.config.fuse_attention
             outline = outline_of_plan(opened, sites, embeddings, fuse_attention=fuse)
             if file_bytes is not None:
                 outline = outline.model_copy(update={"model_bytes": file_bytes})
-            package_stages.check_limits(self.target, outline)
+            packaging.check_limits(self.target, outline)
 
-    def _look_ahead(self, opened: stages.OpenedModel) -> None:
+    def _look_ahead(self, opened: opening.OpenedModel) -> None:
         """Refuse a budget that no measurement would help.
 
         Raises:
             UnsupportedFormatError: The target runs no format of a weight, or no model like this.
             PlanError: What it runs is larger than the budget.
         """
-        found = budget_stages.look_ahead(opened, self.config, self.judge)
+        found = budgeting.look_ahead(opened, self.config, self.judge)
         sites, embeddings = found.sites, found.embeddings
         self.check_target(opened, sites, embeddings, file_bytes=found.file_bytes)
         found.check("" if self.target is None else self.target.name)
 
-    def tokens(self, opened: stages.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
+    def tokens(self, opened: opening.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
         """Calibration and held-out windows; the same held-out ones for every method."""
         settings = self.config.calibration
         written = settings.source == "self"
@@ -164,19 +157,19 @@ class Run:
                 windows.save(kept)
             return windows
 
-    def reference(self, opened: stages.OpenedModel, windows: TokenWindows) -> ReferenceLogits:
+    def reference(self, opened: opening.OpenedModel, windows: TokenWindows) -> ReferenceLogits:
         """Logits of the float model, as it came, on the held-out windows."""
         collector = self._collector(opened.given)
         return collector.logits(windows.heldout, self.progress, "float model")
 
     def calibrate(
-        self, opened: stages.OpenedModel, windows: TokenWindows
+        self, opened: opening.OpenedModel, windows: TokenWindows
     ) -> tuple[CalibrationStats, ReferenceLogits]:
         """Statistics that the settings need, and the float model's logits."""
         groups = needs_statistics(opened.census, self.config)
         room = _work_bytes(opened.census, windows, groups)
         if self.config.budget is not None:
-            room += budget_stages.stream_bytes(opened.census, windows.calibration)
+            room += budgeting.stream_bytes(opened.census, windows.calibration)
         check_free_space(self.work, room)
         unrotated = None
         if opened.unrotated is not None:
@@ -192,16 +185,16 @@ class Run:
             )
         if self.config.budget is not None:
             with self.timed("measure sensitivity"):
-                budget_stages.measure_sensitivity(
+                budgeting.measure_sensitivity(
                     opened, stats, windows.calibration, self.work, self.progress
                 )
         return stats, unrotated or reference
 
-    def plan(self, opened: stages.OpenedModel, stats: CalibrationStats | None) -> PlannedModel:
+    def plan(self, opened: opening.OpenedModel, stats: CalibrationStats | None) -> PlannedModel:
         """Formats and channel scales."""
         if self.config.budget is None or stats is None:
             return make_plan(opened.census, self.config, stats, opened.read, self.progress)
-        planned = budget_stages.plan_under_budget(
+        planned = budgeting.plan_under_budget(
             opened, self.config, stats, self.judge, self.progress
         )
         self.check_target(opened, planned.plan.sites, planned.plan.embeddings)
@@ -209,7 +202,7 @@ class Run:
 
     def apply(  # noqa: PLR0913 - joins the artifacts of all stages before it
         self,
-        opened: stages.OpenedModel,
+        opened: opening.OpenedModel,
         planned: PlannedModel,
         stats: CalibrationStats | None,
         reference: ReferenceLogits,
@@ -219,7 +212,7 @@ class Run:
     ) -> RunReport:
         """Quantize, write, verify and package."""
         assert self.target is not None
-        size = stages.source_bytes(opened.source, opened.given.model)
+        size = opening.source_bytes(opened.source, opened.given.model)
         error, errors = self._quantize(opened, planned, stats, reference, windows)
         with self.timed("save"):
             saved = save_package_model(
@@ -238,9 +231,9 @@ class Run:
             notes += [checks.slow_note(report.structure), checks.scales_note(self.config)]
             notes += [checks.budget_note(planned.plan.trade_off, logits, saved.bytes)]
         with self.timed("package"):
-            finished = package_stages.Finished(opened.source, folder, self.work, saved)
+            finished = packaging.Finished(opened.source, folder, self.work, saved)
             prompt = [int(token) for token in reference.windows[0]]
-            manifest = package_stages.make_package(
+            manifest = packaging.make_package(
                 finished, self.target, prompt, self.progress, force=self.force
             )
         notes = [note for note in (*notes, *manifest.notes) if note]
@@ -260,7 +253,7 @@ class Run:
 
     def _quantize(
         self,
-        opened: stages.OpenedModel,
+        opened: opening.OpenedModel,
         planned: PlannedModel,
         stats: CalibrationStats | None,
         reference: ReferenceLogits,
@@ -268,10 +261,10 @@ class Run:
     ) -> tuple[float | None, tuple[SiteError, ...]]:
         """Low-bit nodes in the graph; errors of folding and of each site."""
         with self.timed("fold"):
-            marks = quantize_stages.rtn_marks(opened, planned)
+            marks = quantizing.rtn_marks(opened, planned)
             error = self._fold(opened, planned, reference)
         with self.timed("quantize"):
-            quantized = quantize_stages.quantize(
+            quantized = quantizing.quantize(
                 opened,
                 planned,
                 stats,
@@ -280,21 +273,21 @@ class Run:
                 self.progress,
                 windows=path_windows(self.config, windows.calibration),
             )
-            quantize_stages.rewrite(opened, planned, quantized.weights)
+            quantizing.rewrite(opened, planned, quantized.weights)
         return error, quantized.errors
 
     def _fold(
-        self, opened: stages.OpenedModel, planned: PlannedModel, reference: ReferenceLogits
+        self, opened: opening.OpenedModel, planned: PlannedModel, reference: ReferenceLogits
     ) -> float | None:
         """Fold the scales and prove on one window that nothing changed."""
         if not planned.scales and opened.unrotated is None:
             return None
-        quantize_stages.fold(opened, planned)
+        quantizing.fold(opened, planned)
         what = "folding the channel scales"
         return self.check_rewrite(opened, reference, what, "check the folded model")
 
     def check_rewrite(
-        self, opened: stages.OpenedModel, reference: ReferenceLogits, what: str, title: str
+        self, opened: opening.OpenedModel, reference: ReferenceLogits, what: str, title: str
     ) -> float:
         """Prove on one window that the float graph computes what the source does.
 
@@ -317,11 +310,11 @@ class Run:
         checks.check_fold(error, dtypes, opened.census.layer_count, what)
         return error
 
-    def _collector(self, opened: stages.OpenedModel) -> Collector:
+    def _collector(self, opened: opening.OpenedModel) -> Collector:
         return Collector(opened.model, opened.census, opened.fingerprint, self.work)
 
 
-def open_stats(folder: Path | None, opened: stages.OpenedModel) -> CalibrationStats | None:
+def open_stats(folder: Path | None, opened: opening.OpenedModel) -> CalibrationStats | None:
     """Statistics of an earlier `calibrate`, which must be of this model."""
     if folder is None:
         return None

@@ -18,7 +18,6 @@ from faq_onnx.analysis import AttentionSurvey, find_attention
 from faq_onnx.analysis.operands import FLOAT_TYPES, dims
 from faq_onnx.artifacts.package import AttentionFusion
 from faq_onnx.artifacts.source import SourceModel, context_length
-from faq_onnx.checks import fold_tolerance
 from faq_onnx.graph.exact import exact_twin
 from faq_onnx.graph.io import save_model
 from faq_onnx.passes import (
@@ -30,7 +29,8 @@ from faq_onnx.passes import (
 )
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
-from faq_onnx.stages import read_config
+from faq_onnx.stages.checks import fold_tolerance
+from faq_onnx.stages.opening import read_config
 
 __all__ = [
     "MODEL_NAME",

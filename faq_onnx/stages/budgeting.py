@@ -22,14 +22,14 @@ from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import ConfigError, PlanError
-from faq_onnx.fuse_stages import rotary_table_bytes
 from faq_onnx.graph.io import INLINE_LIMIT_BYTES
 from faq_onnx.planning.budget import Budget, BudgetKind, check_size, parse_budget
 from faq_onnx.planning.candidates import FormatCandidates, Judge
 from faq_onnx.planning.planner import PlannedModel, make_plan
 from faq_onnx.planning.prediction import COARSE_NAME, CoarseRounding
 from faq_onnx.progress import Progress
-from faq_onnx.stages import OpenedModel
+from faq_onnx.stages.fusing import rotary_table_bytes
+from faq_onnx.stages.opening import OpenedModel
 
 __all__ = [
     "Outlook",

@@ -39,7 +39,7 @@ from faq_onnx.quant.site import (
 )
 from faq_onnx.quant.threads import map_in_threads, thread_count
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
-from faq_onnx.stages import OpenedModel
+from faq_onnx.stages.opening import OpenedModel
 
 __all__ = ["Quantized", "fold", "quantize", "rewrite", "rtn_marks"]
 

@@ -19,12 +19,19 @@ from faq_onnx.artifacts.verification import (
     VerificationReport,
 )
 from faq_onnx.calibration.collect import Collector
-from faq_onnx.checks import budget_note, check_fold, fold_error, fold_tolerance, judge, slow_note
 from faq_onnx.config import Method, QuantizeConfig, RoundingConfig, ScaleConfig, VerifyConfig
 from faq_onnx.errors import VerificationError
 from faq_onnx.graph.weights import read_initializer, transform_initializer
 from faq_onnx.passes import FoldScalesPass, run_passes
 from faq_onnx.planning.budget import parse_budget
+from faq_onnx.stages.checks import (
+    budget_note,
+    check_fold,
+    fold_error,
+    fold_tolerance,
+    judge,
+    slow_note,
+)
 from faq_onnx.testing import TinyLlama, tiny_llama_census, tiny_llama_onnx
 
 CONFIG = QuantizeConfig(method=Method.AWQ, verify=VerifyConfig(max_kl=0.5))

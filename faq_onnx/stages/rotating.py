@@ -10,7 +10,7 @@ from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import FaqOnnxError
 from faq_onnx.graph.io import load_model
 from faq_onnx.passes import RotatePass, run_passes
-from faq_onnx.stages import OpenedModel, read_config
+from faq_onnx.stages.opening import OpenedModel, read_config
 
 __all__ = ["rotate"]
 
