@@ -24,8 +24,8 @@ from faq_onnx.passes.nodes import (
 
 __all__ = ["AttentionBlock", "FuseAttentionPass", "HeadRows", "RotaryTable"]
 
-# onnxruntime 1.31 and 1.32 rotate inside of the operator only where "head_size shall be a multiple of
-# 16" and "cos_cache dimension 1 must be <= head_size / 2 and a multiple of 8".
+# onnxruntime 1.31 and 1.32 rotate inside of the operator only where "head_size shall be a multiple
+# of 16" and "cos_cache dimension 1 must be <= head_size / 2 and a multiple of 8".
 _INSIDE_WIDTH, _INSIDE_PAIRS = 16, 8
 
 _MASK = "attention_mask"
@@ -125,8 +125,8 @@ class FuseAttentionPass(ir.passes.InPlacePass):
     2. Lengths are taken from attention_mask once for all blocks. Rows may be padded behind their
        text. Padding in front would be attended to, so it makes the operator fail: a length of
        zero is sent instead.
-    3. Equal rotary tables are stored once. What the kernel cannot rotate - heads of no multiple of 16
-       channels, or with rotated pairs of no multiple of 8 - goes through
+    3. Equal rotary tables are stored once. What the kernel cannot rotate - heads of no multiple of
+       16 channels, or with rotated pairs of no multiple of 8 - goes through
        com.microsoft.RotaryEmbedding first.
     4. The operator computes in the type of the cache: query, key, value and output of another
        type are cast.
@@ -264,7 +264,9 @@ class _Graph:
         if 2 * block.rotary.pairs < block.head_dim:
             attributes.append(ir.AttrInt64("rotary_embedding_dim", 2 * block.rotary.pairs))
         name = f"{inputs[0].name}_rotated"
-        node = ir.Node(MICROSOFT_DOMAIN, "RotaryEmbedding", inputs, attributes, name=name, version=1)
+        node = ir.Node(
+            MICROSOFT_DOMAIN, "RotaryEmbedding", inputs, attributes, name=name, version=1
+        )
         node.outputs[0].name = f"{node.name}_output"
         self._graph.insert_before(place, node)
         return node.outputs[0]

@@ -36,6 +36,9 @@ _NORMS = frozenset(
 )
 
 
+_MOVING = ("Transpose", "Reshape", "Concat", "Slice")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Type:
     shape: tuple[Dim, ...] | None = None
@@ -105,11 +108,10 @@ class ActivationTypes:
             return _Type(None, None if tensor is None else tensor.dtype)
         if is_op(node, *_NORMS):
             return first
-        if is_op(node, "Slice"):
-            return _Type(_sliced(node, first.shape), first.dtype)
         if is_op(node, *_ELEMENTWISE):
             return _Type(_broadcast(types), _dtype_of(node, types))
-        return _Type(None, first.dtype if is_op(node, "Transpose", "Reshape", "Concat") else None)
+        shape = _sliced(node, first.shape) if is_op(node, "Slice") else None
+        return _Type(shape, first.dtype if is_op(node, *_MOVING) else None)
 
 
 def _input_shape(value: ir.Value) -> tuple[Dim, ...] | None:

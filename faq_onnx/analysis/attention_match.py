@@ -229,7 +229,9 @@ def _cached(value: ir.Value) -> _Cached:
     casts = [each.outputs[0] for each in consumers(rows) if is_op(each, "Cast", domain="")]
     present = [each for each in (rows, *casts) if each.is_graph_output()]
     if len(present) != 1:
-        raise Unmatched(f"{describe(node)}: {rows.name!r} is {len(present)} graph outputs, not one")
+        raise Unmatched(
+            f"{describe(node)}: {rows.name!r} is {len(present)} graph outputs, not one"
+        )
     return _Cached(past, present[0], new)
 
 

@@ -23,7 +23,6 @@ from faq_onnx.graph.io import load_model, release_weights, rest_bytes
 from faq_onnx.graph.weights import read_initializer, read_weight
 from faq_onnx.graph.writing import DATA_ALIGNMENT_BYTES
 from faq_onnx.progress import Progress
-from faq_onnx.runtime.feeds import cache_position
 
 __all__ = [
     "OpenedModel",
@@ -110,27 +109,10 @@ def load_source(source: str, work: Path, progress: Progress) -> tuple[SourceMode
     model = load_model(resolved.onnx_path)
     try:
         canonicalise(model)
-        _check_cache(model)
     except FaqOnnxError as error:
         error.add_note(f"model: {resolved.onnx_path}")
         raise
     return resolved, model
-
-
-def _check_cache(model: ir.Model) -> None:
-    """What a step hands out is what the next one takes in."""
-    presents = {cache_position(value.name or ""): value for value in model.graph.outputs}
-    for past in model.graph.inputs:
-        place = cache_position(past.name or "")
-        present = presents.get(place) if place is not None else None
-        if present is not None and present.dtype != past.dtype:
-            msg = (
-                f"the cache goes in as {past.dtype} ({past.name}) and comes out as "
-                f"{present.dtype} ({present.name}), so that no text can be written with it: "
-                "optimum exports some models so in float16; export in float32 (optimum-cli "
-                "without --dtype)"
-            )
-            raise UnsupportedModelError(msg)
 
 
 def understand(resolved: SourceModel, model: ir.Model, progress: Progress) -> OpenedModel:

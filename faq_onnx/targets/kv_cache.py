@@ -164,5 +164,13 @@ def _costs(
     return FactTable(
         title="int8 cache",
         header=(f"bytes a token, {name}", "int8", "KL, nats/token", "top-1", "tokens"),
-        rows=((float_type.itemsize * channels, channels, round(kl / count, 5), round(same / count, 4), count),),
+        rows=(
+            (
+                float_type.itemsize * channels,
+                channels,
+                round(kl / count, 5),
+                round(same / count, 4),
+                count,
+            ),
+        ),
     )

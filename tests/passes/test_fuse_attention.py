@@ -160,7 +160,7 @@ def test_text_beyond_the_tables_is_refused_where_rotation_stands_outside(
 
 
 def with_a_float32_cache(model: ir.Model) -> ir.Model:
-    """As converters to float16 write it that keep types of inputs and outputs: casts at the end."""
+    """As converters write it that keep types of inputs and outputs: casts stand at the end."""
     for value in list(model.graph.inputs):
         if value.dtype == ir.DataType.FLOAT16:
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16}, name=f"{value.name}_cast")
