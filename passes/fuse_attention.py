@@ -46,7 +46,7 @@ class RotaryTable:
     @property
     def pairs(self) -> int:
         """Rotated pairs of a head."""
-        return self.cos.shape[1]
+        return int(self.cos.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
