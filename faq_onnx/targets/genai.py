@@ -135,6 +135,6 @@ def _generate(folder: Path, reference: Reference) -> _Trial:
         return _Trial([], f"onnxruntime-genai took more than {_TIMEOUT_S} s on {folder}")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return _Trial([], f"onnxruntime-genai cannot run {folder}: {lines[-1]}")
+        return _Trial([], f"onnxruntime-genai cannot run it: {lines[-1]}")
     tokens = [int(token) for token in json.loads(done.stdout.splitlines()[-1])]
     return _Trial(tokens, "" if tokens else f"onnxruntime-genai generates nothing from {folder}")

@@ -52,7 +52,8 @@ def test_greedy_tokens_in_genai_equal_the_unfused_model_in_onnxruntime(
     else:
         architecture, _, dtype = family.partition("-")
         name = f"optimum-{architecture}-untied-{dtype or 'fp32'}"
-        source = genai_source(name, tmp_path / "source")
+        place = "../sliced/" if architecture == "phi3" else ""
+        source = genai_source(f"{place}{name}", tmp_path / "source")
     done = cli.run("package", source, "-o", tmp_path / "out", "--target", "genai", "-q")
     assert done.code == 0, done.err
     manifest = PackageManifest.load(tmp_path / "out" / "package.json")

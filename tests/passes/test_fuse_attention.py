@@ -29,7 +29,8 @@ Outputs = dict[str, Array]
 EXPORTERS = Path(__file__).parents[1] / "fixtures" / "exporters"
 FUSED = (
     *("optimum-llama-tied-fp32", "optimum-llama-untied-fp32", "optimum-qwen2-untied-fp32"),
-    *("optimum-qwen3-untied-fp32", "optimum-gemma3-untied-fp32", "optimum-phi3-untied-fp32"),
+    *("optimum-qwen3-untied-fp32", "optimum-gemma3-untied-fp32"),
+    "../sliced/optimum-phi3-untied-fp32",  # one qkv_proj, rotated channels joined with no others
     "optimum-qwen2-untied-fp16",  # softmax and o_proj in float32
     *("dynamo20-llama-untied-fp32", "dynamo20-qwen2-untied-fp32", "dynamo20-gemma3-untied-fp32"),
 )
