@@ -147,9 +147,10 @@ class RoundingConfig(_Section):
     """Share of the calibration windows that walks the low-bit path; by default 0.6, and all for
     best.
     """
-    shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """How far the Gram matrix of grids and rounding is drawn to its diagonal: more, where texts of
-    the application may differ from the calibration's.
+    shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """How far the Gram matrix of grids and rounding is drawn to its diagonal: 0 believes all
+    correlations between activations that the calibration text shows, 1 none. By default
+    5 / (5 + tokens per channel), at least 0.1: those of a short text are largely chance.
     """
     attention_aware: bool = False
     """On the low-bit path, round q, k and v for what attention makes of their errors (BoA)."""

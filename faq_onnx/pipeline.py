@@ -116,6 +116,7 @@ def inspect_for(
         tables = plan_embeddings(opened.census, config, sites)
         fuse = config.fuse_attention
         outline = outline_of_plan(opened, sites, tables, fuse_attention=fuse)
+        opening.check_weights(opened)
         return opened.census, chosen.refusals(outline)
 
 
@@ -225,7 +226,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     """
     chosen = open_target(target, target_options)
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
-        opened = opening.open_model(source, work, progress)
+        opened = opening.understand(*opening.load_source(source, work, progress), progress)
         chosen.check_source(opened.source, opened.model)
         opened = rotate(opened, PlannedModel.load_plan(plan).config or QuantizeConfig())
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
@@ -238,6 +239,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
                 f"formats are those of {plan}; `faq-onnx plan --target {target}` makes others"
             )
             raise
+        opening.check_weights(opened.given)
         collected = open_stats(stats, opened)
         check_statistics(planned.plan, opened.census, collected)
         windows = run.tokens(opened, calibrate=run.config.axes.path == "low-bit")

@@ -145,7 +145,7 @@ def settings_of(method: str) -> dict[str, object]:
         *sections, last = key.split(".")
         for section in sections:
             place = place.setdefault(section, {})  # type: ignore[assignment]
-        place[last] = value.split(",") if last == "roles" else value
+        place[last] = value.split(",") if last in {"roles", "exclude"} else value
     return result
 
 

@@ -26,6 +26,7 @@ class SiteRow(Record):
     channel_scale: str
     exponent: float
     sqnr_db: float | None
+    shrinkage: float | None = None
     reason: str
 
 

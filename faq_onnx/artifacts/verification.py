@@ -59,12 +59,18 @@ class LogitMetrics(Record):
 class SiteError(Record):
     """Output error of one site on calibration data, through the Gram matrix.
 
-    `sqnr_db` is 10 log10(E|y|^2 / E|y - y_q|^2); of weights (no Gram) for RTN without calibration.
+    Attributes:
+        site: Its name.
+        sqnr_db: 10 log10(E|y|^2 / E|y - y_q|^2); of weights (no Gram) for RTN without calibration.
+        equals_rtn: No code differs from plain round-to-nearest.
+        shrinkage: How far grid and rounding saw the Gram matrix drawn to its diagonal; None where
+            they saw none.
     """
 
     site: str
     sqnr_db: float
     equals_rtn: bool
+    shrinkage: float | None = None
 
 
 class VerificationReport(Record):

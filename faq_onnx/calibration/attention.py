@@ -87,10 +87,12 @@ class AttentionMoments:
     Attributes:
         inputs: H_in of v: E[(A_h x)^T (A_h x)], float32 [kv_heads, K, K].
         rows: H_out of q and k, float64 [heads, d, d].
+        tokens: That the means are over.
     """
 
     inputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, Doubles] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
 
 
 def attention_sites(
@@ -203,15 +205,16 @@ class Attended:
         assert self._inputs is not None
         inputs = {self.sites.v: (self._inputs / self._sequences).astype(np.float32)}
         scores = self.sites.scores
+        tokens = self._sequences * self._length
         if scores is None or self._queries is None or self._keys is None:
-            return AttentionMoments(inputs)
+            return AttentionMoments(inputs, tokens=tokens)
         positions = np.arange(self._length)
         keys, queries = self._keys / self._sequences, self._queries / self._sequences
         rows = {
             scores.q: query_metric(keys, positions, self._rotary, len(queries)),
             scores.k: key_metric(queries, positions, self._rotary, len(keys)),
         }
-        return AttentionMoments(inputs, rows)
+        return AttentionMoments(inputs, rows, tokens)
 
 
 def _fit(

@@ -78,7 +78,8 @@ class KLPredictor:
         census: Of the model.
         stats: Gram matrices; a site without one is judged by its weight error.
         per_error: KL per unit of error, nats, by name of a site or embedding.
-        shrinkage: Of Gram matrices, as the rounding will take them.
+        shrinkage: Of Gram matrices, as the rounding will take them; None: by the tokens that
+            they are of.
         read_weight: Weight of a site, float32 [N, K].
         read_table: Table of an embedding, float32 [rows, width].
     """
@@ -86,7 +87,7 @@ class KLPredictor:
     census: ModelCensus
     stats: CalibrationStats
     per_error: Mapping[str, float]
-    shrinkage: float
+    shrinkage: float | None
     read_weight: ReadWeight
     read_table: ReadTable
 
@@ -103,7 +104,9 @@ class KLPredictor:
         weight = self.read_weight(site)
         rows = _spread_rows(weight)
         gram = _gram(self.stats, self.census, site.name)
-        moments = None if gram is None else SiteMoments(gram, self.shrinkage)
+        moments = None
+        if gram is not None:
+            moments = SiteMoments.of_text(gram, self.stats.manifest.tokens, self.shrinkage)
         candidates = []
         for plan in plans:
             own = plan if moments else plan.model_copy(update=PLAIN)

@@ -150,7 +150,8 @@ class ScalePlanner:
             return GroupChoice(GroupPlan(group=group.name, application=application), None)
         plans = [self.plans[name] for name in group.sites if self.plans[name].format is not None]
         weights = [(self.read_weight(self.census.site(plan.site)), plan) for plan in plans]
-        moments = SiteMoments(self.stats.gram(group.name), self.config.rounding.shrinkage)
+        gram, tokens = self.stats.gram(group.name), self.stats.manifest.tokens
+        moments = SiteMoments.of_text(gram, tokens, self.config.rounding.shrinkage)
         chosen = _search(weights, self._candidates(group, weights), _Judge(moments))
         if chosen.exponent is None:
             application = ScaleApplication.NONE

@@ -22,6 +22,7 @@ from faq_onnx.quant.gptq import GramFactor, round_gptq, weight_error
 from faq_onnx.quant.grid import search_grid
 from faq_onnx.quant.objective import block_grams, output_energy
 from faq_onnx.quant.refit import descend_codes, refit_scales
+from faq_onnx.quant.shrinkage import shrinkage_of
 from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import (
     BlockGrid,
@@ -60,6 +61,18 @@ class SiteMoments:
     gram: Array
     shrinkage: float = 0.0
 
+    @classmethod
+    def of_text(cls, gram: Array, tokens: int, shrinkage: float | None = None) -> SiteMoments:
+        """Of the text that was seen: by default shrunk as it is short.
+
+        Args:
+            gram: Mean over the text of x^T x, float32 [K, K].
+            tokens: Of the text.
+            shrinkage: None: what so few tokens per channel ask for.
+        """
+        share = shrinkage_of(tokens, len(gram)) if shrinkage is None else shrinkage
+        return cls(gram, share)
+
     @functools.cached_property
     def shrunk(self) -> Array:
         """(1 - shrinkage) G + shrinkage diag(G), float32 [K, K].
@@ -91,11 +104,13 @@ class QuantizedSite:
         codes_digest: Sha256 that stands for all codes; equal digests, equal codes.
         sqnr_db: 10 log10(E|y|^2 / E|y_q - y|^2), of outputs where a Gram matrix was given, else
             of weights.
+        shrinkage: Of the Gram matrix that grid and rounding saw; None where they saw none.
     """
 
     weight: QuantizedWeight
     codes_digest: str
     sqnr_db: float
+    shrinkage: float | None = None
 
 
 def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
@@ -149,7 +164,13 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece.codes)
-    return QuantizedSite(_join([p.weight for p in pieces]), digest.hexdigest(), _db(signal, noise))
+    seen = shares[0].moments if looks_at_activations(plan) else None
+    return QuantizedSite(
+        _join([p.weight for p in pieces]),
+        digest.hexdigest(),
+        _db(signal, noise),
+        None if seen is None else seen.shrinkage,
+    )
 
 
 class _Share(NamedTuple):

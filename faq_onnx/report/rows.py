@@ -109,6 +109,7 @@ def _site_row(
         channel_scale="none" if group is None else group.application.value,
         exponent=0.0 if group is None else group.exponent,
         sqnr_db=None if error is None else error.sqnr_db,
+        shrinkage=None if error is None else error.shrinkage,
         reason=plan.reason,
     )
 

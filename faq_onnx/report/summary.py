@@ -117,7 +117,7 @@ def _done(report: RunReport) -> str:
             f"Calibrated on `{data.source}`: {data.samples} windows of {data.sequence_length} "
             f"tokens, seed {data.seed}"
         )
-    lines += _choices(config)
+    lines += [*_choices(config), *_shrinkage(report.sites)]
     lines += [
         f"Embedding `{row.embedding}`: {format_bits(row.storage_bits, row.storage_bits)}"
         + (f", one buffer with `{row.shared_with}`" if row.shared_with else "")
@@ -163,6 +163,16 @@ def _path(config: QuantizeConfig) -> str:
     made_up = "each site makes up for errors before it" if rounding.correct else "not made up for"
     share = "all" if config.path_share == 1 else f"at least {config.path_share:.0%}"
     return f"the model quantized so far ({share} of the windows); {made_up}"
+
+
+def _shrinkage(sites: Sequence[SiteRow]) -> list[str]:
+    """What grids and rounding believed of correlations, where they looked at any."""
+    found = [row.shrinkage for row in sites if row.shrinkage is not None]
+    if not found:
+        return []
+    least, most = min(found), max(found)
+    value = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
+    return [f"Correlations between activations shrunk by {value} (`--shrinkage`)"]
 
 
 def _quality(verification: VerificationReport | None) -> str:

@@ -15,6 +15,7 @@ from faq_onnx.artifacts.sites import LinearSite, ScaleGroup
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
+from faq_onnx.calibration.attention import AttentionMoments
 from faq_onnx.calibration.paired import PairedWalk
 from faq_onnx.calibration.paired_moments import PairedMoments
 from faq_onnx.config import QuantizeConfig
@@ -139,7 +140,7 @@ class _Bench:
         """Quantize the sites of one group; what the low-bit path goes on with."""
         config = self.planned.plan.config or QuantizeConfig()
         seen = PairedMoments.mean(halves)
-        moments = SiteMoments(seen.gram, config.rounding.shrinkage)
+        moments = SiteMoments.of_text(seen.gram, seen.tokens, config.rounding.shrinkage)
         targets = _Targets(halves) if config.rounding.correct else None
         found = {}
         for name in group.sites:
@@ -153,7 +154,7 @@ class _Bench:
             result = quantize_weight(
                 weight,
                 plan,
-                self._by_head(seen.attention.inputs.get(name)) or moments,
+                self._by_head(name, seen.attention) or moments,
                 target=target,
                 row_metric=seen.attention.rows.get(name),
                 scale_dtype=scale_dtype_of(self.opened.census.site(name).dtype),
@@ -163,22 +164,22 @@ class _Bench:
             found[name] = dequantize_weight(result.weight)
         return found
 
-    def _by_head(self, attended: npt.NDArray[np.float32] | None) -> list[SiteMoments]:
+    def _by_head(self, name: str, attended: AttentionMoments) -> list[SiteMoments]:
         config = self.planned.plan.config or QuantizeConfig()
-        grams = () if attended is None else attended
-        return [SiteMoments(gram, config.rounding.shrinkage) for gram in grams]
+        return [
+            SiteMoments.of_text(gram, attended.tokens, config.rounding.shrinkage)
+            for gram in attended.inputs.get(name, ())
+        ]
 
     def quantize_rest(self, progress: Progress) -> None:
         """Quantize what no walk has reached, against the float model."""
-        config = self.planned.plan.config or QuantizeConfig()
         groups = {name: group for group in self.opened.census.groups for name in group.sites}
         plans = [plan for name, plan in self.plans.items() if name not in self.errors]
         sites = {plan.site: self.opened.census.site(plan.site) for plan in plans}
         total = sum(site.in_features * site.out_features for site in sites.values()) / 1e6
 
         def quantize_one(plan: SitePlan) -> QuantizedSite:
-            gram = _gram(groups[plan.site], self.planned, self.stats)
-            moments = None if gram is None else SiteMoments(gram, config.rounding.shrinkage)
+            moments = _moments(groups[plan.site], self.planned, self.stats)
             site = sites[plan.site]
             dtype = scale_dtype_of(site.dtype)
             return quantize_weight(self.opened.read(site), plan, moments, scale_dtype=dtype)
@@ -238,7 +239,13 @@ class _Targets:
 
 def _site_error(site: LinearSite, result: QuantizedSite, marks: Mapping[str, str]) -> SiteError:
     same = result.codes_digest == marks.get(site.name)
-    return SiteError(site=site.name, sqnr_db=round(result.sqnr_db, 3), equals_rtn=same)
+    shrinkage = None if result.shrinkage is None else round(result.shrinkage, 3)
+    return SiteError(
+        site=site.name,
+        sqnr_db=round(result.sqnr_db, 3),
+        equals_rtn=same,
+        shrinkage=shrinkage,
+    )
 
 
 def _quantize_embeddings(opened: OpenedModel, planned: PlannedModel, store: WeightStore) -> None:
@@ -251,12 +258,14 @@ def _quantize_embeddings(opened: OpenedModel, planned: PlannedModel, store: Weig
         store.put(table.name, quantize_rtn(values, plan.format, scale_dtype_of(table.dtype)))
 
 
-def _gram(
+def _moments(
     group: ScaleGroup, planned: PlannedModel, stats: CalibrationStats | None
-) -> npt.NDArray[np.float32] | None:
-    """Gram matrix of what the sites read after folding: x / s."""
+) -> SiteMoments | None:
+    """Of what the sites read after folding: x / s."""
     if stats is None or not stats.has(group.name):
         return None
-    gram = stats.gram(group.name)
-    scale = planned.scales.get(group.name)
-    return gram if scale is None else scale_gram(gram, scale)
+    config = planned.plan.config or QuantizeConfig()
+    gram, scale = stats.gram(group.name), planned.scales.get(group.name)
+    if scale is not None:
+        gram = scale_gram(gram, scale)
+    return SiteMoments.of_text(gram, stats.manifest.tokens, config.rounding.shrinkage)

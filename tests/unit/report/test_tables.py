@@ -289,6 +289,13 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         assert words in text
 
 
+def test_summary_says_how_far_correlations_were_believed() -> None:
+    rows = (_row("a", shrinkage=0.15), _row("b", shrinkage=0.325), FLOAT_ROW)
+    assert "shrunk by 0.15 to 0.33 (" in summary_markdown(_report(sites=rows))
+    assert "shrunk by 0.15 (" in summary_markdown(_report(sites=rows[::2]))
+    assert "shrunk" not in summary_markdown(_report(sites=(FLOAT_ROW,)))
+
+
 def test_summary_is_silent_about_memory_that_is_unknown() -> None:
     assert "Peak memory: 1.2 GB" in summary_markdown(_report())
     assert "Peak memory" not in summary_markdown(_report(peak_rss_bytes=None))
