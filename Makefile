@@ -24,6 +24,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # setuptools' remarks on editable installations are not for users.
 PIP = PYTHONWARNINGS=ignore '$(BIN)/python' -m pip install --quiet --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
+# Processes of `make test`: each holds the libraries and at most one tiny model, below 1 GB.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow explore lint format check wheel docs clean clean-env
@@ -34,9 +36,11 @@ help: ## Show this list
 demo: env ## SmolLM2 from its package to a 4-bit model, with a table and two continuations
 	$(BIN)/python tools/demo.py
 
-test: env ## Run the tests (about four minutes)
-	$(PYTEST) -m "not slow and not hub"
+# worksteal: a worker that is done takes tests from the end of another's share.
+test: env ## Run the tests in two processes (about three minutes)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not hub"
 
+# In one process: these measure memory and speed, and run compilers and browsers.
 test-slow: env ## Run the slow tests: real packages, whole conversions, the wheel
 	$(PYTEST) -m "slow and not hub"
 

@@ -13,7 +13,7 @@ from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import LogitMetrics, VerificationReport
 from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.errors import PackageError, UnsupportedFormatError
+from faq_onnx.errors import PackageError, UnsupportedFormatError, UnsupportedModelError
 from faq_onnx.export import resolve_source
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, check_statistics, make_plan
@@ -104,6 +104,10 @@ def inspect_for(
     config = packaging.settle(QuantizeConfig(), chosen)
     with work_folder(None) as work:
         resolved, model = opening.load_source(source, work, progress)
+        try:
+            chosen.check_source(resolved, model)
+        except (PackageError, UnsupportedModelError) as error:
+            progress.note(str(error))
         outline = outline_of_model(model, opening.source_bytes(resolved, model))
         if outline.weights:
             return None, chosen.refusals(outline)
@@ -112,6 +116,7 @@ def inspect_for(
         tables = plan_embeddings(opened.census, config, sites)
         fuse = config.fuse_attention
         outline = outline_of_plan(opened, sites, tables, fuse_attention=fuse)
+        opening.check_weights(opened)
         return opened.census, chosen.refusals(outline)
 
 
@@ -221,7 +226,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
     """
     chosen = open_target(target, target_options)
     with OutputFolder(output, _origin(source), force) as out, work_folder(None) as work:
-        opened = opening.open_model(source, work, progress)
+        opened = opening.understand(*opening.load_source(source, work, progress), progress)
         chosen.check_source(opened.source, opened.model)
         opened = rotate(opened, PlannedModel.load_plan(plan).config or QuantizeConfig())
         planned = PlannedModel.load(plan, census_fingerprint=opened.census.fingerprint())
@@ -234,6 +239,7 @@ def apply(  # noqa: PLR0913 - one argument per input of the stage
                 f"formats are those of {plan}; `faq-onnx plan --target {target}` makes others"
             )
             raise
+        opening.check_weights(opened.given)
         collected = open_stats(stats, opened)
         check_statistics(planned.plan, opened.census, collected)
         windows = run.tokens(opened, calibrate=run.config.axes.path == "low-bit")
@@ -259,7 +265,7 @@ def package(  # noqa: PLR0913 - one argument per option of the command
         resolved, model = opening.load_source(source, work, progress)
         chosen.check_source(resolved, model)
         outline = outline_of_model(model, opening.source_bytes(resolved, model))
-        packaging.check_limits(chosen, outline)
+        packaging.check_limits(chosen, outline, finished=True)
         with progress.stage("save", 1, "models") as advance:
             saved = save_package_model(model, resolved, out.path, work, fuse_attention=fuse)
             advance(1)
@@ -288,6 +294,10 @@ def verify(
     if path.is_file():
         logits = None if source is None else _compare(path, source, progress)
         report = checks.verify_file(path, logits, (), None, progress)
+        if manifest is None and report.kernels is not None and not report.kernels.nodes:
+            progress.note(
+                f"{path}: nothing in low bits to check, and no {MANIFEST_NAME} beside it"
+            )
     if manifest is None or not output.is_dir():
         return report
     proof, changes = packaging.prove_again(output, manifest, progress)

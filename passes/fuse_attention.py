@@ -24,16 +24,29 @@ from faq_onnx.passes.nodes import (
 
 __all__ = ["AttentionBlock", "FuseAttentionPass", "HeadRows", "RotaryTable"]
 
+# onnxruntime 1.31 and 1.32 rotate inside of the operator only where "head_size shall be a multiple
+# of 16" and "cos_cache dimension 1 must be <= head_size / 2 and a multiple of 8".
+_INSIDE_WIDTH, _INSIDE_PAIRS = 16, 8
+
 _MASK = "attention_mask"
 _SCOPE = "/faq_onnx/attention"  # names of the nodes that all layers share
+_END = np.iinfo(np.int64).max
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RotaryTable:
-    """Cosines and sines [positions, head_dim / 2] in the type of the activations."""
+    """Cosines and sines [positions, pairs] in the type of the cache.
+
+    A pair are the channels c and c + pairs of a head; those from 2 * pairs on are not rotated.
+    """
 
     cos: npt.NDArray[np.generic]
     sin: npt.NDArray[np.generic]
+
+    @property
+    def pairs(self) -> int:
+        """Rotated pairs of a head."""
+        return int(self.cos.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +55,14 @@ class HeadRows:
 
     Attributes:
         rows: Value [B, S, heads, head_dim].
+        dtype: Its type.
         projection: The same as [B, S, heads * head_dim], where the graph has it.
         turned: Output of a Transpose that puts heads first in front of a norm; the norm is to
             read the Transpose's input, then `rows` has the shape said above.
     """
 
     rows: str
+    dtype: ir.DataType
     projection: str | None = None
     turned: str | None = None
 
@@ -66,9 +81,12 @@ class AttentionBlock:
         output: [B, S, heads * head_dim].
         heads: Query heads.
         kv_heads: Key and value heads.
+        head_dim: Channels of a head.
+        dtype: Of past and present, in which the operator computes.
         scale: Factor of the scores.
         window: Keys that a query sees, its own included; None for all before it.
         rotary: Tables for query and key; None where they are not rotated.
+        output_dtype: Type of `output`.
     """
 
     name: str
@@ -80,24 +98,40 @@ class AttentionBlock:
     output: str
     heads: int
     kv_heads: int
+    head_dim: int
+    dtype: ir.DataType
     scale: float
     window: int | None = None
     rotary: RotaryTable | None = dataclasses.field(default=None, repr=False)
+    output_dtype: ir.DataType = ir.DataType.FLOAT
+
+    @property
+    def rotates_inside(self) -> bool:
+        """Whether the operator's kernel rotates query and key itself."""
+        return (
+            self.rotary is not None
+            and self.head_dim % _INSIDE_WIDTH == 0
+            and self.rotary.pairs % _INSIDE_PAIRS == 0
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttentionPass(ir.passes.InPlacePass):
     """Compute each block in one GroupQueryAttention node, which can share its cache's buffer.
 
-    1. Graph inputs and outputs stay as they are. Nothing may read position_ids any more, since the
-       operator counts positions from the mask; the input stays, because optimum warns about
+    1. Graph inputs and outputs stay as they are. Nothing may read position_ids any more, since
+       positions are counted from the mask; the input stays, because optimum warns about
        decoders without it.
     2. Lengths are taken from attention_mask once for all blocks. Rows may be padded behind their
        text. Padding in front would be attended to, so it makes the operator fail: a length of
        zero is sent instead.
-    3. Equal rotary tables are stored once.
-    4. Nodes that only the old attention needed are removed: masks, rotations, repeated heads.
-    5. A second run changes nothing: a block whose output is fused already is left alone.
+    3. Equal rotary tables are stored once. What the kernel cannot rotate - heads of no multiple of
+       16 channels, or with rotated pairs of no multiple of 8 - goes through
+       com.microsoft.RotaryEmbedding first.
+    4. The operator computes in the type of the cache: query, key, value and output of another
+       type are cast.
+    5. Nodes that only the old attention needed are removed: masks, rotations, repeated heads.
+    6. A second run changes nothing: a block whose cache is fused already is left alone.
 
     Attributes:
         blocks: What to fuse.
@@ -146,7 +180,7 @@ class FuseAttentionPass(ir.passes.InPlacePass):
             raise RewriteError(f"{block.name}: was not rewritten; this is a bug in the pass")
 
     def _pending(self, producers: ProducerIndex) -> list[AttentionBlock]:
-        nodes = ((block, producers.node(block.output, block.name)) for block in self.blocks)
+        nodes = ((block, producers.node(block.present[0], block.name)) for block in self.blocks)
         return [block for block, node in nodes if node.op_type != "GroupQueryAttention"]
 
 
@@ -173,6 +207,7 @@ class _Graph:
         self._model, self._graph = model, model.graph
         self._producers = producers
         self._lengths: tuple[ir.Value, ir.Value] | None = None
+        self._position_ids: ir.Value | None = None
         self._tables: dict[RotaryTable, tuple[ir.Value, ir.Value]] = {}
         self._numbers: dict[str, ir.Value] = {}
 
@@ -182,21 +217,78 @@ class _Graph:
         old = self._value(block.output, block)
         place = old.producer()
         assert place is not None
-        inputs = [self._rows(rows, block) for rows in (block.query, block.key, block.value)]
+        rows = [
+            self._cast(self._rows(heads, block), heads.dtype, block.dtype, place)
+            for heads in (block.query, block.key, block.value)
+        ]
+        totals = self._totals(mask)
         tables = () if block.rotary is None else self._rotary(block.rotary)
+        if block.rotary is not None and not block.rotates_inside:
+            positions = self._positions(mask, rows[0], place)
+            for index, heads in enumerate((block.heads, block.kv_heads)):
+                inputs = [rows[index], positions, *tables]
+                rows[index] = self._rotate(inputs, heads, block, place)
+            tables = ()
         node = ir.Node(
             MICROSOFT_DOMAIN,
             "GroupQueryAttention",
-            [*inputs, past_key, past_value, *self._totals(mask), *tables],
+            [*rows, past_key, past_value, *totals, *tables],
             _attributes(block),
             num_outputs=3,
             name=block.name,
             version=1,
         )
         self._graph.insert_before(place, node)
-        names = (block.output, *block.present)
-        for new, name in zip(node.outputs, names, strict=True):
+        for new, name in zip(node.outputs[1:], block.present, strict=True):
             take_place(new, self._value(name, block))
+        mixed = node.outputs[0]
+        mixed.name = f"{block.name}_output"
+        take_place(self._cast(mixed, block.dtype, block.output_dtype, place), old)
+
+    def _cast(
+        self, value: ir.Value, dtype: ir.DataType, wanted: ir.DataType, place: ir.Node
+    ) -> ir.Value:
+        """The value in another type, made in front of `place`."""
+        if dtype == wanted:
+            return value
+        node = _node("Cast", [value], f"{value.name}_{wanted.name.lower()}", to=wanted)
+        self._graph.insert_before(place, node)
+        return node.outputs[0]
+
+    def _rotate(
+        self, inputs: list[ir.Value], heads: int, block: AttentionBlock, place: ir.Node
+    ) -> ir.Value:
+        """Rows [B, S, heads * head_dim] rotated in front of the operator."""
+        assert block.rotary is not None
+        attributes = [ir.AttrInt64("num_heads", heads)]
+        if 2 * block.rotary.pairs < block.head_dim:
+            attributes.append(ir.AttrInt64("rotary_embedding_dim", 2 * block.rotary.pairs))
+        name = f"{inputs[0].name}_rotated"
+        node = ir.Node(
+            MICROSOFT_DOMAIN, "RotaryEmbedding", inputs, attributes, name=name, version=1
+        )
+        node.outputs[0].name = f"{node.name}_output"
+        self._graph.insert_before(place, node)
+        return node.outputs[0]
+
+    def _positions(self, mask: ir.Value, rows: ir.Value, place: ir.Node) -> ir.Value:
+        """Index of each new token in its text, int64 [B, S]; made once, in front of `place`."""
+        if self._position_ids is None:
+            zero, one = self._constant("zero", (0,)), self._constant("one", (1,))
+            two, end = self._constant("two", (2,)), self._constant("end", (_END,))
+            axis = self._constant("sequence_axis", 1)
+            count = _node("CumSum", [mask, axis], f"{_SCOPE}/count")
+            index = _node("Sub", [count.outputs[0], one], f"{_SCOPE}/index")
+            known = _node("Max", [index.outputs[0], zero], f"{_SCOPE}/position")
+            shape = _node("Shape", [rows], f"{_SCOPE}/rows_shape_of")
+            length = _node("Slice", [shape.outputs[0], one, two], f"{_SCOPE}/new_tokens")
+            start = _node("Neg", [length.outputs[0]], f"{_SCOPE}/first_new_token")
+            inputs = [known.outputs[0], start.outputs[0], end, one]
+            new = _node("Slice", inputs, f"{_SCOPE}/position_ids")
+            nodes = [count, index, known, shape, length, start, new]
+            self._graph.insert_before(place, nodes)
+            self._position_ids = new.outputs[0]
+        return self._position_ids
 
     def _value(self, name: str, block: AttentionBlock) -> ir.Value:
         node = self._producers.node(name, block.name)
@@ -284,7 +376,7 @@ def _attributes(block: AttentionBlock) -> list[ir.Attr]:
         ir.AttrInt64("num_heads", block.heads),
         ir.AttrInt64("kv_num_heads", block.kv_heads),
         ir.AttrFloat32("scale", block.scale),
-        ir.AttrInt64("do_rotary", int(block.rotary is not None)),
+        ir.AttrInt64("do_rotary", int(block.rotates_inside)),
     ]
     if block.window is not None:
         attributes.append(ir.AttrInt64("local_window_size", block.window))

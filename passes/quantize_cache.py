@@ -38,7 +38,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
     scales: Mapping[str, npt.NDArray[np.float32]] = dataclasses.field(repr=False)
 
     def requires(self, model: ir.Model) -> None:
-        """Every cache of the graph is a float32 one of GroupQueryAttention, and has scales.
+        """Every cache of the graph is a float one of GroupQueryAttention, and has scales.
 
         Raises:
             RewriteError: for the first that is not.
@@ -95,10 +95,10 @@ def _check_value(node: ir.Node, value: ir.Value | None) -> None:
     if value is None or not (value.is_graph_input() or value.is_graph_output()):
         name = "a cache" if value is None else repr(value.name)
         raise RewriteError(f"{node.name}: {name} is no input or output of the graph")
-    if value.dtype != ir.DataType.FLOAT:
+    if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         raise RewriteError(
             f"{node.name}: {value.name!r} is {value.dtype}; onnxruntime's CPU kernel quantizes "
-            "float32 caches"
+            "caches of float32 and float16"
         )
     others = [user.name for user, _ in value.uses() if user is not node]
     if others:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 EXTERNAL = ("genai-llama-untied-fp32", "mobius-qwen3-untied-fp32")
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 COMMON: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -60,6 +60,9 @@ def model_config(architecture: str, *, tied: bool) -> Any:
             layer_types=["sliding_attention", "full_attention"],
             query_pre_attn_scalar=16,
         )
+    if architecture == "phi3":
+        del fields["head_dim"]  # hidden_size / num_attention_heads
+        return transformers.Phi3Config(**fields)
     names = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
     return getattr(transformers, names[architecture])(**fields)
 

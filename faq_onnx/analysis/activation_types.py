@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from faq_onnx.analysis.operands import constant, dims, is_op
+from faq_onnx.analysis.operands import constant, dims, is_op, small_constant
 from faq_onnx.runtime.feeds import cache_position
 
 __all__ = ["BATCH", "LENGTH", "PAST", "TOTAL", "ActivationTypes", "Dim"]
@@ -34,6 +34,9 @@ _NORMS = frozenset(
         *("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"),
     }
 )
+
+
+_MOVING = ("Transpose", "Reshape", "Concat", "Slice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,8 @@ class ActivationTypes:
             return first
         if is_op(node, *_ELEMENTWISE):
             return _Type(_broadcast(types), _dtype_of(node, types))
-        return _Type(None, first.dtype if is_op(node, "Transpose", "Reshape", "Concat") else None)
+        shape = _sliced(node, first.shape) if is_op(node, "Slice") else None
+        return _Type(shape, first.dtype if is_op(node, *_MOVING) else None)
 
 
 def _input_shape(value: ir.Value) -> tuple[Dim, ...] | None:
@@ -124,6 +128,19 @@ def _broadcast(types: list[_Type]) -> tuple[Dim, ...] | None:
     """The longest shape of the operands: scalars and vectors do not change it."""
     shapes = [kind.shape for kind in types if kind.shape is not None]
     return max(shapes, key=len, default=None)
+
+
+def _sliced(node: ir.Node, shape: tuple[Dim, ...] | None) -> tuple[Dim, ...] | None:
+    """Part of the last axis, as a projection of query, key and value is taken apart."""
+    numbers = [None if value is None else small_constant(value) for value in node.inputs[1:]]
+    if shape is None or not isinstance(shape[-1], int) or len(numbers) < 3:
+        return None
+    if any(number is None or number.size != 1 for number in numbers):
+        return None
+    start, stop, axis, *step = (int(number.item()) for number in numbers if number is not None)
+    if axis not in (-1, len(shape) - 1):
+        return None
+    return (*shape[:-1], len(range(shape[-1])[slice(start, stop, *step)]))
 
 
 def _dtype_of(node: ir.Node, types: list[_Type]) -> ir.DataType | None:

@@ -1,7 +1,8 @@
 """Find the parts of decomposed self-attention around a Softmax.
 
 Found by shape of the graph only: what a match claims is proved by `attention_proof` with numbers,
-so nothing here has to look at axes, slices and targets of Reshape.
+so nothing here has to look at axes, slices and targets of Reshape. Casts may stand anywhere:
+graphs in float16 compute masks, softmax, or whole layers in float32.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ class AttentionMatch:
     output: ir.Value
     scale: float
 
+    @property
+    def projected(self) -> tuple[Heads, Heads, Heads]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
 
 @dataclasses.dataclass(frozen=True)
 class _Rotation:
@@ -96,9 +102,9 @@ def _match(softmax: ir.Node) -> AttentionMatch:
         raise Unmatched(f"{describe(softmax)}: query and key are rotated differently")
     return AttentionMatch(
         softmax=softmax,
-        query=find_heads(query_rotation.source),
-        key=find_heads(key_rotation.source),
-        value=find_heads(value.new),
+        query=find_heads(_uncast(query_rotation.source)),
+        key=find_heads(_uncast(key_rotation.source)),
+        value=find_heads(_uncast(value.new)),
         cos=query_rotation.cos,
         sin=query_rotation.sin,
         past_key=key.past,
@@ -124,7 +130,7 @@ def _mixing(softmax: ir.Node) -> tuple[ir.Value, ir.Value]:
             turned = _only(node, "Transpose")
             if not puts_heads_first(turned):
                 raise Unmatched(f"{describe(turned)} does not put heads behind the sequence")
-            return _only(turned, "Reshape").outputs[0], take_input(node, 1)
+            return _only(turned, "Reshape").outputs[0], _uncast(take_input(node, 1))
         if not is_op(node, "Where", "Cast", "Identity", domain=""):
             raise Unmatched(f"{describe(node)} stands between {describe(softmax)} and the values")
         value = node.outputs[0]
@@ -192,6 +198,13 @@ def _keys(value: ir.Value) -> tuple[ir.Value, float]:
     return value, outer * inner
 
 
+def _uncast(value: ir.Value) -> ir.Value:
+    """The value before casts."""
+    while (node := _producer(value, "Cast")) is not None:
+        value = take_input(node, 0)
+    return value
+
+
 def _unrepeated(value: ir.Value) -> ir.Value:
     """Before Unsqueeze -> Expand -> Reshape; the value itself where heads are not repeated."""
     reshape = _producer(value, "Reshape")
@@ -206,19 +219,36 @@ def _unrepeated(value: ir.Value) -> ir.Value:
 
 def _cached(value: ir.Value) -> _Cached:
     """Past and new rows of a cache that the graph takes in and gives out."""
-    node = _producer(value, "Concat")
+    node = _producer(_uncast(value), "Concat")
     if node is None or len(node.inputs) != 2:
         raise Unmatched(f"{describe(value.producer())}: expected a Concat of past and new rows")
-    past, new = take_input(node, 0), take_input(node, 1)
+    past, new = _uncast(take_input(node, 0)), take_input(node, 1)
     if not past.is_graph_input():
         raise Unmatched(f"{describe(node)}: its first operand {past.name!r} is no graph input")
-    if not value.is_graph_output():
-        raise Unmatched(f"{describe(node)}: {value.name!r} is no graph output")
-    return _Cached(past, value, new)
+    rows = node.outputs[0]
+    casts = [each.outputs[0] for each in consumers(rows) if is_op(each, "Cast", domain="")]
+    present = [each for each in (rows, *casts) if each.is_graph_output()]
+    if len(present) != 1:
+        raise Unmatched(
+            f"{describe(node)}: {rows.name!r} is {len(present)} graph outputs, not one"
+        )
+    return _Cached(past, present[0], new)
 
 
 def _rotation(value: ir.Value) -> _Rotation:
-    """Of x cos + rotate_half(x) sin its parts; the value itself where it is not rotated."""
+    """Of rotated rows their parts; the value itself where it is not rotated."""
+    value = _uncast(value)
+    concat = _producer(value, "Concat")
+    if concat is None or len(concat.inputs) != 2:
+        return _whole_rotation(value)
+    part, rest = _whole_rotation(take_input(concat, 0)), _sliced(take_input(concat, 1))
+    if rest is None or part.cos is None or _sliced(part.source) is not rest:
+        return _Rotation(value, None, None)
+    return _Rotation(rest, part.cos, part.sin)  # of the first channels alone
+
+
+def _whole_rotation(value: ir.Value) -> _Rotation:
+    """Of x cos + rotate_half(x) sin its parts; the value itself where it is another one."""
     node = _producer(value, "Add")
     if node is None:
         return _Rotation(value, None, None)
@@ -230,7 +260,8 @@ def _rotation(value: ir.Value) -> _Rotation:
             source = _half_turned(take_input(turned, index))
             if source is not None and source in plain.inputs:
                 cos = take_input(plain, 1 - list(plain.inputs).index(source))
-                return _Rotation(source, cos, take_input(turned, 1 - index))
+                sin = take_input(turned, 1 - index)
+                return _Rotation(source, _uncast(cos), _uncast(sin))
     return _Rotation(value, None, None)
 
 
@@ -240,10 +271,14 @@ def _half_turned(value: ir.Value) -> ir.Value | None:
     if concat is None or len(concat.inputs) != 2:
         return None
     negated = _producer(take_input(concat, 0), "Neg")
-    parts = (None if negated is None else take_input(negated, 0), take_input(concat, 1))
-    halves = [None if part is None else _producer(part, "Slice", "Split") for part in parts]
-    sources = {None if half is None else half.inputs[0] for half in halves}
-    return sources.pop() if len(sources) == 1 else None
+    second = None if negated is None else _sliced(take_input(negated, 0))
+    return second if second is _sliced(take_input(concat, 1)) else None
+
+
+def _sliced(value: ir.Value) -> ir.Value | None:
+    """What a value is a part of."""
+    node = _producer(value, "Slice", "Split")
+    return None if node is None else node.inputs[0]
 
 
 def _reads_weight(node: ir.Node) -> bool:

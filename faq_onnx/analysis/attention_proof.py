@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 ROUNDINGS = 256
 _EPSILON = {ir.DataType.FLOAT: 2.0**-23, ir.DataType.FLOAT16: 2.0**-10}
 _SEED = 0
-ROTARY_MULTIPLE = 16  # onnxruntime 1.31: "head_size shall be a multiple of 16"
+HEAD_MULTIPLE = 8  # onnxruntime 1.31 and 1.32: "head_size must be a multiple of 8"
 _LONGEST_WINDOW_PREFILL = 64  # the whole prompt over a window, quadratic in its length
 
 
@@ -62,10 +62,26 @@ class _Probe:
 
 @dataclasses.dataclass(frozen=True)
 class _Widths:
+    """Sizes of one attention.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Channels of a head.
+        dtype: Of the cache.
+        rows: Of query, key and value.
+    """
+
     heads: int
     kv_heads: int
     head_dim: int
     dtype: ir.DataType
+    rows: tuple[ir.DataType, ...]
+
+    @property
+    def tolerance(self) -> float:
+        """Of the coarsest type in which numbers go in."""
+        return ROUNDINGS * max(_EPSILON[dtype] for dtype in (self.dtype, *self.rows))
 
 
 class _Disproved(Exception):  # noqa: N818 - leaves this module as NoPath
@@ -86,22 +102,29 @@ class AttentionProver:
             widths = self._widths(match)
             window = self._window(match.mask)
             table = self._table(match, widths)
+            query, key, value = (
+                self._rows(heads, dtype)
+                for heads, dtype in zip(match.projected, widths.rows, strict=True)
+            )
             block = AttentionBlock(
                 name=name,
-                query=self._rows(match.query),
-                key=self._rows(match.key),
-                value=self._rows(match.value),
+                query=query,
+                key=key,
+                value=value,
                 past=(str(match.past_key.name), str(match.past_value.name)),
                 present=(str(match.present_key.name), str(match.present_value.name)),
                 output=str(match.output.name),
                 heads=widths.heads,
                 kv_heads=widths.kv_heads,
+                head_dim=widths.head_dim,
+                dtype=widths.dtype,
                 scale=match.scale,
                 window=window,
                 rotary=table,
             )
             for probe in self._probes(window):
-                self._compare(match, block, widths, probe)
+                mixed = self._compare(match, block, widths, probe)
+                block = dataclasses.replace(block, output_dtype=mixed)
         except (CannotEvaluateError, _Disproved) as error:
             return NoPath(str(error))
         return block
@@ -122,17 +145,25 @@ class AttentionProver:
         dtype = match.past_key.dtype
         if dtype is None or dtype not in _EPSILON:
             raise _Disproved(f"onnxruntime's CPU kernel has no {dtype}")
-        for heads in (match.query, match.key, match.value):
-            found = self._types.dtype(heads.rows)
-            if found != dtype:
-                raise _Disproved(f"{heads.rows.name!r} has type {found}, the cache {dtype}")
-        widths = _Widths(width // head_dim, kv_heads, head_dim, dtype)
+        if head_dim % HEAD_MULTIPLE:
+            raise _Disproved(
+                f"onnxruntime's kernel takes heads of a multiple of {HEAD_MULTIPLE}, these have "
+                f"{head_dim}"
+            )
+        rows = tuple(self._row_type(heads) for heads in match.projected)
+        widths = _Widths(width // head_dim, kv_heads, head_dim, dtype, rows)
         self._types.learn(match.repeated_key, (BATCH, widths.heads, TOTAL, head_dim))
         for present in (match.present_key, match.present_value):
             self._types.learn(present, (BATCH, kv_heads, TOTAL, head_dim))
         return widths
 
-    def _rows(self, heads: Heads) -> HeadRows:
+    def _row_type(self, heads: Heads) -> ir.DataType:
+        found = self._types.dtype(heads.rows)
+        if found is None or found not in _EPSILON:
+            raise _Disproved(f"{heads.rows.name!r} has type {found}; expected float32 or float16")
+        return found
+
+    def _rows(self, heads: Heads, dtype: ir.DataType) -> HeadRows:
         """Read the projection itself where rows are just split into heads."""
         turned = None if heads.turned is None else str(heads.turned.outputs[0].name)
         source = heads.split.inputs[0]
@@ -140,8 +171,8 @@ class AttentionProver:
         shape = self._types.shape(source)
         is_plain = heads.rows is heads.split.outputs[0] and shape is not None
         if is_plain and shape is not None and shape[:-1] == (BATCH, LENGTH):
-            return HeadRows(str(heads.rows.name), str(source.name))
-        return HeadRows(str(heads.rows.name), None, turned)
+            return HeadRows(str(heads.rows.name), dtype, str(source.name))
+        return HeadRows(str(heads.rows.name), dtype, None, turned)
 
     def _window(self, mask: ir.Value) -> int | None:
         """Keys that the last position of the longest text sees; None for all."""
@@ -160,20 +191,17 @@ class AttentionProver:
     def _table(self, match: AttentionMatch, widths: _Widths) -> RotaryTable | None:
         if match.cos is None or match.sin is None:
             return None
-        if widths.head_dim % ROTARY_MULTIPLE:
-            raise _Disproved(
-                f"onnxruntime rotates heads of a multiple of {ROTARY_MULTIPLE}, these have "
-                f"{widths.head_dim}"
-            )
         key = (match.cos, match.sin)
         if key not in self._tables:
             probe = _Probe((self._positions,))
             halves = []
             for value in self._evaluate(key, probe.feeds(), probe):
                 rows = value.reshape(-1, value.shape[-1])
-                half = widths.head_dim // 2
-                if rows.shape != (self._positions, widths.head_dim) or not np.array_equal(
-                    rows[:, :half], rows[:, half:]
+                half = rows.shape[1] // 2
+                if (
+                    len(rows) != self._positions
+                    or not 0 < half <= widths.head_dim // 2
+                    or not np.array_equal(rows[:, :half], rows[:, half:])
                 ):
                     raise _Disproved(f"the rotation {match.cos.name!r} is not one of two halves")
                 halves.append(np.ascontiguousarray(rows[:, :half], widths.dtype.numpy()))
@@ -191,30 +219,36 @@ class AttentionProver:
 
     def _compare(
         self, match: AttentionMatch, block: AttentionBlock, widths: _Widths, probe: _Probe
-    ) -> None:
+    ) -> ir.DataType:
+        """Raises _Disproved, or returns the type of the output."""
         rng = np.random.default_rng(_SEED)
-        dtype = widths.dtype.numpy()
         size = probe.sizes
 
-        def normal(*shape: int) -> Array:
-            return rng.standard_normal(shape).astype(dtype)
+        def normal(dtype: ir.DataType, *shape: int) -> Array:
+            return rng.standard_normal(shape).astype(dtype.numpy())
 
+        counts = (widths.heads, widths.kv_heads, widths.kv_heads)
         split = [
-            normal(size[BATCH], size[LENGTH], heads, widths.head_dim)
-            for heads in (widths.heads, widths.kv_heads, widths.kv_heads)
+            normal(dtype, size[BATCH], size[LENGTH], heads, widths.head_dim)
+            for dtype, heads in zip(widths.rows, counts, strict=True)
         ]
-        past = [
-            normal(size[BATCH], widths.kv_heads, size[PAST], widths.head_dim) for _ in range(2)
-        ]
+        cached = (size[BATCH], widths.kv_heads, size[PAST], widths.head_dim)
+        past = [normal(widths.dtype, *cached) for _ in block.past]
         feeds = {**probe.feeds(), **dict(zip(block.past, past, strict=True))}
-        for heads, rows in zip((match.query, match.key, match.value), split, strict=True):
+        for heads, rows in zip(match.projected, split, strict=True):
             turned = rows if heads.turned is None else rows.transpose(0, 2, 1, 3)
             feeds[str(heads.rows.name)] = turned
         targets = (match.output, match.present_key, match.present_value)
         found = self._evaluate(targets, feeds, probe)
+        for value, rows in zip(targets[1:], found[1:], strict=True):
+            if rows.dtype != widths.dtype.numpy():
+                raise _Disproved(
+                    f"{value.name!r} has type {rows.dtype}, what is cached before {widths.dtype}"
+                )
         expected = _attention(block, split, past)
         for value, have, want in zip(targets, found, expected, strict=True):
-            self._check(value, have, want, probe, ROUNDINGS * _EPSILON[widths.dtype])
+            self._check(value, have, want, probe, widths.tolerance)
+        return ir.DataType.from_numpy(found[0].dtype)
 
     @staticmethod
     def _check(value: ir.Value, have: Array, want: Array, probe: _Probe, tolerance: float) -> None:
@@ -268,7 +302,8 @@ def _attention(block: AttentionBlock, new: list[Array], past: list[Array]) -> li
 
 
 def _rotate(rows: Array, table: RotaryTable, positions: Array) -> Array:
-    """Rotate rows x [B, heads, S, D]: x cos + rotate_half(x) sin."""
+    """Rotate the first channels of rows x [B, heads, S, D]: x cos + rotate_half(x) sin."""
     cos, sin = (part[positions].astype(np.float64) for part in (table.cos, table.sin))
-    low, high = np.split(rows, 2, axis=-1)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+    half = cos.shape[1]
+    low, high, rest = np.split(rows, [half, 2 * half], axis=-1)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin, rest], -1)

@@ -11,6 +11,7 @@ from faq_onnx.analysis.attention_proof import AttentionProver
 from faq_onnx.analysis.operands import is_op
 from faq_onnx.analysis.paths import NoPath, describe
 from faq_onnx.passes.fuse_attention import AttentionBlock
+from faq_onnx.runtime.feeds import cache_position
 
 __all__ = ["AttentionSurvey", "Declined", "find_attention"]
 
@@ -56,8 +57,7 @@ def find_attention(model: ir.Model, positions: int) -> AttentionSurvey:
     """
     blocks: list[AttentionBlock] = []
     declined: list[Declined] = []
-    names = {value.name: value for value in model.graph.inputs}
-    mask = names.get(_MASK)
+    obstacle = _obstacle(model)
     prover = AttentionProver(model, positions)
     nodes = list(model.graph)
     for node in nodes:
@@ -65,8 +65,8 @@ def find_attention(model: ir.Model, positions: int) -> AttentionSurvey:
             declined.append(Declined(_name(node), f"{node.op_type} is fused in its own way"))
         if not is_op(node, "Softmax", domain="") or not _is_attention(node):
             continue
-        if mask is None or mask.dtype != ir.DataType.INT64:
-            found: AttentionBlock | NoPath = NoPath(f"the graph has no int64 input {_MASK!r}")
+        if obstacle is not None:
+            found: AttentionBlock | NoPath = obstacle
         else:
             match = match_attention(node)
             name = _name(node)
@@ -77,6 +77,23 @@ def find_attention(model: ir.Model, positions: int) -> AttentionSurvey:
             blocks.append(found)
     fused = sum(is_op(node, _FUSED) for node in nodes)
     return AttentionSurvey(tuple(blocks), tuple(declined), fused)
+
+
+def _obstacle(model: ir.Model) -> NoPath | None:
+    """What keeps every attention of a graph as it is."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    if _MASK not in inputs or inputs[_MASK].dtype != ir.DataType.INT64:
+        return NoPath(f"the graph has no int64 input {_MASK!r}")
+    presents = {cache_position(value.name or ""): value for value in model.graph.outputs}
+    for value in model.graph.inputs:
+        position = cache_position(value.name or "")
+        present = presents.get(position) if position is not None else None
+        if present is not None and present.dtype != value.dtype:
+            return NoPath(
+                f"the cache goes in as {value.dtype} ({value.name}) and comes out as "
+                f"{present.dtype} ({present.name}); export in float32"
+            )
+    return None
 
 
 def _is_attention(softmax: ir.Node) -> bool:

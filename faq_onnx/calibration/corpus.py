@@ -131,7 +131,8 @@ def _token_pieces(path: Path, source: SourceModel) -> Iterator[_Tokens]:
         return _encode_text(path, _load_tokenizer(source))
     if suffix == ".jsonl":
         return _read_jsonl(path, source)
-    raise CorpusError(f"calibration {str(path)!r}: cannot read {suffix!r}; it is {_ACCEPTED}")
+    kind = f"a {suffix!r} file" if suffix else "a file without a suffix"
+    raise CorpusError(f"calibration {str(path)!r}: cannot read {kind}; it is {_ACCEPTED}")
 
 
 def _load_tokenizer(source: SourceModel) -> Tokenizer:

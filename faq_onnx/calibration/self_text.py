@@ -67,7 +67,7 @@ class SelfText:
         session = open_session(self.source.onnx_path)
         batches = -(-len(prompts) // _batch_size(session, length))
         total = len(prompts) * (length - prompts.shape[1])
-        with progress.stage("write calibration text", total, "token") as advance:
+        with progress.stage("write calibration text", total, "tokens") as advance:
             texts = [
                 sample_tokens(session, rows, length, rng, on_step=advance)
                 for rows in np.array_split(prompts, batches)

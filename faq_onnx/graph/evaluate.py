@@ -20,6 +20,7 @@ ShapeOf = Callable[[ir.Value], tuple[int, ...] | None]
 
 LARGEST_CONSTANT = 1 << 20  # elements; what reads more is a layer, not a mask
 _SHAPE_ONLY = "shape of "
+_SHOWN = 200  # characters of what an operator says
 
 
 class CannotEvaluateError(ValueError):
@@ -53,7 +54,7 @@ def evaluate(
         with np.errstate(all="ignore"):
             return [np.asarray(array) for array in session.run(names, part.given)]
     except Exception as error:  # whatever an operator raises on what it does not expect
-        msg = f"{', '.join(names)} cannot be computed in numpy: {error}"
+        msg = f"{', '.join(names)} cannot be computed in numpy: {str(error)[:_SHOWN]}"
         raise CannotEvaluateError(msg) from error
 
 

@@ -63,6 +63,12 @@ def read_graph(path: Path) -> ir.Model:
         ) from error
     _check_names(model, path)
     _check_edges(model, path)
+    try:
+        model.graph.sort()  # converters append casts at the end, which onnxruntime puts up with
+    except ValueError as error:
+        raise CorruptModelError(
+            f"{path}: nodes read each other in a circle; export the model again"
+        ) from error
     return model
 
 

@@ -50,8 +50,13 @@ class AttributeSlot:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        """The tensor held now."""
-        return self.node.attributes[self.attribute].as_tensor()
+        """The tensor held now.
+
+        `as_tensor` would compare the value with the whole of `ir.TensorProtocol` on every call,
+        which took half of the time to open a model; `tensor_slots` has looked at the type.
+        """
+        tensor: ir.TensorProtocol = self.node.attributes[self.attribute].value
+        return tensor
 
     @tensor.setter
     def tensor(self, tensor: ir.TensorProtocol) -> None:

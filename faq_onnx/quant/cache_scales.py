@@ -1,8 +1,8 @@
 """Scales of an int8 key/value cache: the largest value of a channel, over 127.
 
-Keys are rotated before they are cached. Of a rotary pair (c, c + head_dim / 2) the length stays
-and the direction follows the position, so both channels get the pair's largest length: it holds
-at every position, also at those that were not seen.
+Keys are rotated before they are cached. Of a rotary pair (c, c + pairs) the length stays and the
+direction follows the position, so both channels get the pair's largest length: it holds at every
+position, also at those that were not seen.
 """
 
 from __future__ import annotations
@@ -25,30 +25,29 @@ class CacheRange:
     """How large cached values became.
 
     Attributes:
-        channels: Largest size of each channel, float32 [heads, head_dim].
-        pairs: Largest length of the rotary pair that it belongs to, same shape.
+        sizes: Largest size of each channel, or length of the rotary pair that it belongs to,
+            float32 [heads, head_dim].
     """
 
-    channels: Floats
-    pairs: Floats
+    sizes: Floats
 
     @classmethod
-    def of(cls, values: npt.NDArray[np.floating]) -> CacheRange:
-        """Of cached keys or values [heads, T, head_dim]; head_dim is even."""
+    def of(cls, values: npt.NDArray[np.floating], pairs: int) -> CacheRange:
+        """Of cached keys or values [heads, T, head_dim], the first 2 * pairs channels rotated."""
         squares = np.square(values.astype(np.float32))
-        half = squares.shape[2] // 2
-        lengths = np.sqrt((squares[..., :half] + squares[..., half:]).max(axis=1))
-        return cls(np.sqrt(squares.max(axis=1)), np.concatenate([lengths, lengths], axis=1))
+        low, high, rest = np.split(squares, [pairs, 2 * pairs], axis=2)
+        lengths = low + high
+        largest = np.concatenate([lengths, lengths, rest], axis=2).max(axis=1)
+        return cls(np.sqrt(largest))
 
     def join(self, other: CacheRange) -> CacheRange:
         """Of both."""
-        return CacheRange(
-            np.maximum(self.channels, other.channels), np.maximum(self.pairs, other.pairs)
-        )
+        return CacheRange(np.maximum(self.sizes, other.sizes))
 
-    def scales(self, *, rotated: bool) -> Floats:
+    @property
+    def scales(self) -> Floats:
         """One for each channel, float32 [heads * head_dim], > 0."""
-        sizes = (self.pairs if rotated else self.channels).reshape(-1)
         floor = np.finfo(np.float32).tiny
-        scales: Floats = np.maximum(sizes * np.float32(MARGIN / LARGEST_CODE), floor)
+        factor = np.float32(MARGIN / LARGEST_CODE)
+        scales: Floats = np.maximum(self.sizes.reshape(-1) * factor, floor)
         return scales

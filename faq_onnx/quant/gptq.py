@@ -246,7 +246,8 @@ def _compensate(weight: Matrix, grid: BlockGrid, fmt: BlockFormat, factor: GramF
             np.add(code, zero_point[block], out=code)
             np.add(code, HALF, out=code)
             np.floor(code, out=code)
-            np.clip(code, lowest, highest, out=code)
+            np.maximum(code, lowest, out=code)  # np.clip takes twice as long
+            np.minimum(code, highest, out=code)
             codes[channel] = code
             np.subtract(code, zero_point[block], out=code)
             np.multiply(code, scale[block], out=code)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -63,22 +64,25 @@ def search_grid(
     plain = minmax_grid(blocks, fmt, scale_dtype)
     scale, zero_point = np.empty_like(plain.scale), np.empty_like(plain.zero_point)
     step = max(1, CHUNK_ELEMENTS // blocks.shape[-1])
-    buffers = _Buffers.of(blocks.shape[-1], min(step, len(blocks)))
-    for block in range(blocks.shape[1]):
+    together = max(1, step // len(blocks))  # of few rows, or numpy's calls would take the time
+    buffers = _Buffers.of(together * blocks.shape[-1] * min(step, len(blocks)))
+    for first in range(0, blocks.shape[1], together):
+        columns = slice(first, first + together)
         for start in range(0, len(blocks), step):
             rows = slice(start, start + step)
             unit = None if plain.unit is None else plain.unit.rows(rows)
             store = functools.partial(storable_scale, scale_dtype=scale_dtype, unit=unit)
-            trial = _Trial(blocks[rows, block], grams[block], fmt, store, buffers)
+            trial = _Trial(blocks[rows, columns], grams[columns], fmt, store, buffers)
             _search(trial, fmt, refine=refine)
-            scale[rows, block], zero_point[rows, block] = trial.best_scale, trial.best_zero
+            scale[rows, columns] = trial.best_scale.T
+            zero_point[rows, columns] = trial.best_zero.T
     found = _as_stored(BlockGrid(scale, zero_point), fmt)
     return _better(blocks, grams, fmt, plain, found)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Buffers:
-    """Temporaries float32 [block, rows], used again by every chunk."""
+    """Temporaries float32 [block columns, block, rows], used again by every chunk."""
 
     weights: Floats
     levels: Floats
@@ -87,29 +91,31 @@ class _Buffers:
     product: Floats
 
     @classmethod
-    def of(cls, block: int, rows: int) -> _Buffers:
-        """Flat room for chunks of up to `rows` rows."""
-        return cls(*(np.empty(block * rows, np.float32) for _ in dataclasses.fields(cls)))
+    def of(cls, elements: int) -> _Buffers:
+        """Flat room for chunks of up to that many weights."""
+        return cls(*(np.empty(elements, np.float32) for _ in dataclasses.fields(cls)))
 
-    def view(self, block: int, rows: int) -> _Buffers:
-        """The beginning of each as [block, rows], contiguous."""
+    def view(self, shape: tuple[int, int, int]) -> _Buffers:
+        """The beginning of each in that shape, contiguous."""
+        elements = math.prod(shape)
         return _Buffers(
             *(
-                getattr(self, field.name)[: block * rows].reshape(block, rows)
+                getattr(self, field.name)[:elements].reshape(shape)
                 for field in dataclasses.fields(self)
             )
         )
 
 
 class _Trial:
-    """The best grid so far of some blocks of one block column, and how to try another.
+    """The best grid so far of some rows of some block columns, and how to try another.
 
     Codes count from 0; a symmetric format is the asymmetric one whose zero point is the middle
     (positive scale) or the level below it (negative scale).
 
     Attributes:
-        base: Scale that covers the whole block with one of the two zero points, float32 [rows].
-        zero: The lower of the two zero points that suit `base`, float32 [rows].
+        base: Scale that covers the whole block with one of the two zero points, float32
+            [block columns, rows], as all that is one number a block.
+        zero: The lower of the two zero points that suit `base`.
         best_scale: Positive, storable.
         best_zero: Integer-valued.
     """
@@ -117,20 +123,21 @@ class _Trial:
     def __init__(
         self,
         blocks: Floats,
-        gram: Floats,
+        grams: Floats,
         fmt: BlockFormat,
         store: Callable[[Floats], Floats],
         buffers: _Buffers,
     ) -> None:
-        self._buffers = buffers.view(blocks.shape[1], blocks.shape[0])
-        self._gram = gram
+        rows, columns, block = blocks.shape
+        self._buffers = buffers.view((columns, block, rows))
+        self._grams = grams
         self._store = store
         self._highest = np.float32((1 << fmt.code_bits) - 1)
         self._lowest_zero, self._highest_zero = np.float32(0), self._highest
-        columns = self._buffers.weights
-        np.copyto(columns, blocks.T)
-        low = np.minimum.reduce(columns, axis=0, initial=0.0)
-        high = np.maximum.reduce(columns, axis=0, initial=0.0)
+        weights = self._buffers.weights
+        np.copyto(weights, blocks.transpose(1, 2, 0))
+        low = np.minimum.reduce(weights, axis=1, initial=0.0)
+        high = np.maximum.reduce(weights, axis=1, initial=0.0)
         if fmt.symmetric:
             half = np.float32(1 << (fmt.code_bits - 1))
             only_positive = fmt.block_scales == "lpbq"
@@ -146,21 +153,22 @@ class _Trial:
         self.best_scale, self.best_zero = self.base.copy(), self.zero.copy()
 
     def set_scale(self, scale: Floats) -> None:
-        """Round the weights on `scale` (float32 [rows], > 0), for the zero points that follow."""
-        self._scale = self._store(scale)
-        np.multiply(self._buffers.weights, np.float32(1) / self._scale, out=self._buffers.levels)
+        """Round the weights on `scale` (> 0), for the zero points that follow."""
+        self._scale = self._store(scale.T).T
+        inverse = (np.float32(1) / self._scale)[:, np.newaxis]
+        np.multiply(self._buffers.weights, inverse, out=self._buffers.levels)
         np.rint(self._buffers.levels, out=self._buffers.rounded)
 
     def try_zero(self, zero: Floats) -> None:
         """Judge the current scale with this zero point (clipped to what can be stored)."""
         zero = np.clip(zero, self._lowest_zero, self._highest_zero)
         error, product = self._buffers.error, self._buffers.product
-        np.maximum(self._buffers.rounded, -zero, out=error)
-        np.minimum(error, self._highest - zero, out=error)
+        np.maximum(self._buffers.rounded, -zero[:, np.newaxis], out=error)
+        np.minimum(error, (self._highest - zero)[:, np.newaxis], out=error)
         np.subtract(error, self._buffers.levels, out=error)
-        np.matmul(self._gram, error, out=product)
+        np.matmul(self._grams, error, out=product)
         np.multiply(product, error, out=product)
-        errors = np.add.reduce(product, axis=0)
+        errors = np.add.reduce(product, axis=1)
         errors *= self._scale * self._scale
         better = errors < self._best_error
         np.copyto(self._best_error, errors, where=better)

@@ -163,7 +163,8 @@ def _descend_rows(
             np.subtract(result[k], gradient, out=code)
             np.add(code, HALF, out=code)
             np.floor(code, out=code)
-            np.clip(code, lowest, highest, out=code)
+            np.maximum(code, lowest, out=code)  # np.clip takes twice as long
+            np.minimum(code, highest, out=code)
             np.subtract(code, result[k], out=step)
             np.multiply(step, scale[block], out=step)
             np.add(errors[k], step, out=errors[k])

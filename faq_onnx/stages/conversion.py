@@ -77,7 +77,8 @@ class Run:
         """
         budgeting.check_budget(self.config)
         with self.timed("open"):
-            opened = opening.open_model(source, self.work, self.progress)
+            loaded = opening.load_source(source, self.work, self.progress)
+            opened = opening.understand(*loaded, self.progress)
             if self.target is not None:
                 self.target.check_source(opened.source, opened.model)
             opened = rotate(opened, self.config)
@@ -87,6 +88,7 @@ class Run:
                 self.check_target(opened, formats, tables)
             else:
                 self._look_ahead(opened)
+            opening.check_weights(opened.given)
         return opened
 
     def judge(self, weight: LinearSite | EmbeddingSite, fmt: BlockFormat) -> tuple[Refusal, ...]:

@@ -96,8 +96,7 @@ def save_package_model(  # noqa: PLR0913 - two places and two options
     run_passes(model, [FuseAttentionPass(survey.blocks), PackQkvPass()])
     size = save_model(model, target, external_data=external_data)
     error = fusion_error(plain, target, trial_tokens(config))
-    dtypes = {FLOAT_TYPES[v.dtype] for v in model.graph.outputs if v.dtype in FLOAT_TYPES}
-    if error <= fold_tolerance(dtypes, survey.layers):
+    if error <= fold_tolerance(_float_types(model), survey.layers):
         return SavedModel(size, plain, _describe(survey, model, error))
     for path in plain.parent.iterdir():
         shutil.move(path, folder / path.name)
@@ -106,6 +105,12 @@ def save_package_model(  # noqa: PLR0913 - two places and two options
         fused=survey.fused, layers=survey.layers, declined=(("the whole model", reason),)
     )
     return SavedModel(plain_size, target, fusion)
+
+
+def _float_types(model: ir.Model) -> set[str]:
+    """In which numbers are computed and handed out."""
+    values = (*model.graph.outputs, *model.graph.initializers.values())
+    return {FLOAT_TYPES[value.dtype] for value in values if value.dtype in FLOAT_TYPES}
 
 
 def rotary_table_bytes(model: ir.Model, source: SourceModel) -> int:

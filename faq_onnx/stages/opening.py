@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from faq_onnx.analysis import canonicalise, check_finite, take_census
-from faq_onnx.artifacts.record import fingerprint_file
+from faq_onnx.artifacts.record import fingerprint_bytes, fingerprint_file
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
 from faq_onnx.artifacts.source import SourceModel
 from faq_onnx.config import BlockScales
@@ -26,6 +27,7 @@ from faq_onnx.progress import Progress
 
 __all__ = [
     "OpenedModel",
+    "check_weights",
     "load_source",
     "open_model",
     "read_config",
@@ -46,15 +48,24 @@ class OpenedModel:
         source: Where it came from.
         model: The graph; weights on disk.
         census: What is in it.
-        fingerprint: Sha256 over its files, and what was rotated.
+        files: The ONNX file and those that hold its weights.
         unrotated: The model before a rotation; None where there was none.
     """
 
     source: SourceModel
     model: ir.Model
     census: ModelCensus
-    fingerprint: str
+    files: tuple[Path, ...]
     unrotated: OpenedModel | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sha256 over its files, read when it is first asked for, and what was rotated."""
+        if self.unrotated is not None:
+            identity = f"{self.unrotated.fingerprint} {self.census.rotation}"
+            return fingerprint_bytes(identity.encode())
+        parts = [fingerprint_file(file) for file in self.files]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @property
     def given(self) -> OpenedModel:
@@ -88,19 +99,29 @@ class OpenedModel:
 
     def other_bytes(self, block_scales: BlockScales, *, external: bool) -> int:
         """At most what a low-bit file holds besides codes, scales and zero points."""
-        weights: list[LinearSite | EmbeddingSite] = [*self.census.sites, *self.census.embeddings]
-        rest = rest_bytes(self.model, {weight.weight for weight in weights})
+        weights = self._weights
         # Pages of onnxruntime: in a file of their own, tensors begin at multiples of 4096.
         padding = DATA_ALIGNMENT_BYTES if external else 0
         names = sum(len(weight.name) + len(weight.weight) for weight in weights)
         entries = LOW_BIT_TENSORS if block_scales == "float" else LOW_BIT_TENSORS + MULTIPLYING
         bookkeeping = entries * (len(weights) * REFERENCE_BYTES + names)
-        return rest + bookkeeping + LOW_BIT_TENSORS * len(weights) * padding
+        return self._rest_bytes + bookkeeping + LOW_BIT_TENSORS * len(weights) * padding
+
+    @functools.cached_property
+    def _rest_bytes(self) -> int:
+        """Structure and other tensors of the float file, which both formats and target ask for."""
+        return rest_bytes(self.model, {weight.weight for weight in self._weights})
+
+    @property
+    def _weights(self) -> list[LinearSite | EmbeddingSite]:
+        return [*self.census.sites, *self.census.embeddings]
 
 
 def open_model(source: str, work: Path, progress: Progress) -> OpenedModel:
-    """Resolve, load, canonicalise and take stock of a float source."""
-    return understand(*load_source(source, work, progress), progress)
+    """Resolve, load, canonicalise and take stock of a float source, and check its weights."""
+    opened = understand(*load_source(source, work, progress), progress)
+    check_weights(opened)
+    return opened
 
 
 def load_source(source: str, work: Path, progress: Progress) -> tuple[SourceModel, ir.Model]:
@@ -116,30 +137,45 @@ def load_source(source: str, work: Path, progress: Progress) -> tuple[SourceMode
 
 
 def understand(resolved: SourceModel, model: ir.Model, progress: Progress) -> OpenedModel:
-    """Take stock of a float model."""
+    """Take stock of a float model, without a look at its weights."""
     try:
         census = take_census(model, read_config(resolved))
-        check_finite(model, census)
     except FaqOnnxError as error:
         error.add_note(f"model: {resolved.onnx_path}")
         raise
     release_weights(model)
     for warning in census.warnings:
         progress.note(warning)
-    return OpenedModel(resolved, model, census, _fingerprint(model, resolved.onnx_path))
+    return OpenedModel(resolved, model, census, _files(model, resolved.onnx_path))
+
+
+def check_weights(opened: OpenedModel) -> None:
+    """Read every weight of a model, as it came, once: after all that can be refused without.
+
+    Raises:
+        NonFiniteError: Some are not numbers.
+    """
+    try:
+        check_finite(opened.model, opened.census)
+    except FaqOnnxError as error:
+        error.add_note(f"model: {opened.source.onnx_path}")
+        raise
 
 
 def source_bytes(source: SourceModel, model: ir.Model) -> int:
     """Size of the ONNX file and of the files that hold its weights."""
-    path = source.onnx_path
-    external = {
-        Path(value.const_value.path).resolve()
+    return sum(file.stat().st_size for file in _files(model, source.onnx_path))
+
+
+def _files(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """The ONNX file and those that hold its weights, in order of their names."""
+    weights = {
+        value.const_value.path
         for graph in model.graphs()
         for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
-    external.discard(path.resolve())
-    return path.stat().st_size + sum(file.stat().st_size for file in external)
+    return tuple(sorted({path.resolve(), *(Path(file).resolve() for file in weights)}))
 
 
 def _resolve(source: str, work: Path, progress: Progress) -> SourceModel:
@@ -169,14 +205,3 @@ def read_config(source: SourceModel) -> Mapping[str, object] | None:
         msg = f"{path}: not valid JSON ({error}); restore it or remove it"
         raise CorruptModelError(msg) from error
     return config if isinstance(config, dict) else None
-
-
-def _fingerprint(model: ir.Model, path: Path) -> str:
-    """Sha256 over the ONNX file and the files that hold its weights."""
-    files = {path.resolve()}
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path).resolve())
-    parts = [fingerprint_file(file) for file in sorted(files)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -65,8 +65,13 @@ def settle(config: QuantizeConfig, target: Target) -> QuantizeConfig:
     return config.model_copy(update=changes)
 
 
-def check_limits(target: Target, outline: ModelOutline) -> None:
+def check_limits(target: Target, outline: ModelOutline, *, finished: bool = False) -> None:
     """Refuse before the work what would not run on a target.
+
+    Args:
+        target: The runtime.
+        outline: Of what is planned, or there.
+        finished: The weights are in low bits already, so that no option changes them here.
 
     Raises:
         UnsupportedFormatError: Names places, what was found, what is allowed and the way out.
@@ -79,7 +84,10 @@ def check_limits(target: Target, outline: ModelOutline) -> None:
         kinds.setdefault((refusal.found, refusal.allowed, refusal.way_out), []).append(refusal)
     lines = [_line(each) for each in list(kinds.values())[:SHOWN_REFUSALS]]
     if len(kinds) > SHOWN_REFUSALS:
-        lines.append(f"and {len(kinds) - SHOWN_REFUSALS} more kinds")
+        rest = len(kinds) - SHOWN_REFUSALS
+        lines.append(f"and {rest} more; `faq-onnx inspect --target {target.name}` lists all")
+    if finished and outline.weights:
+        lines.append(f"these are options of convert: `faq-onnx convert --target {target.name}`")
     msg = f"{len(refusals)} of {len(outline.weights)} weights would not run on {target.name}:"
     places = {weight.place for weight in outline.weights}
     if any(refusal.place not in places for refusal in refusals):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from faq_onnx.analysis import canonicalise, find_rotation, take_census
-from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.config import QuantizeConfig
 from faq_onnx.errors import FaqOnnxError
 from faq_onnx.graph.io import load_model
@@ -38,11 +37,4 @@ def rotate(opened: OpenedModel, config: QuantizeConfig) -> OpenedModel:
         error.add_note(f"--rotate {config.rotate}, model: {opened.source.onnx_path}")
         raise
     census = take_census(model, read_config(opened.source))
-    identity = f"{opened.fingerprint} {census.rotation}"
-    return dataclasses.replace(
-        opened,
-        model=model,
-        census=census,
-        fingerprint=fingerprint_bytes(identity.encode()),
-        unrotated=opened,
-    )
+    return dataclasses.replace(opened, model=model, census=census, unrotated=opened)

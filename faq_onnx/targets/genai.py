@@ -21,6 +21,7 @@ from faq_onnx.runtime.session import open_session
 from faq_onnx.targets.genai_config import CONFIG_NAME, MODEL_NAME, write_genai_config
 from faq_onnx.targets.kv_cache import quantize_cache
 from faq_onnx.targets.protocol import PackageJob, Target, TargetOptions
+from faq_onnx.targets.tokenizer import TOKENIZER_NAME
 from faq_onnx.targets.versions import installed_versions
 
 __all__ = ["TARGET", "GenaiTarget"]
@@ -62,6 +63,12 @@ class GenaiTarget(Target):
         if self.options.kv_cache == "int8":
             facts = _with_int8_cache(job)
         write_genai_config(job.folder, job.source, job.progress)
+        if not (job.folder / TOKENIZER_NAME).is_file():
+            note = (
+                f"no {TOKENIZER_NAME} beside the source: onnxruntime-genai runs the folder on "
+                "token ids; to chat, put the tokenizer there and package again"
+            )
+            return facts.model_copy(update={"notes": (*facts.notes, note)})
         return facts
 
     def prove(self, folder: Path, reference: Reference, progress: Progress) -> TargetProof:
@@ -128,6 +135,6 @@ def _generate(folder: Path, reference: Reference) -> _Trial:
         return _Trial([], f"onnxruntime-genai took more than {_TIMEOUT_S} s on {folder}")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return _Trial([], f"onnxruntime-genai cannot run {folder}: {lines[-1]}")
+        return _Trial([], f"onnxruntime-genai cannot run it: {lines[-1]}")
     tokens = [int(token) for token in json.loads(done.stdout.splitlines()[-1])]
     return _Trial(tokens, "" if tokens else f"onnxruntime-genai generates nothing from {folder}")

@@ -48,29 +48,32 @@ def quantize_cache(
         Bytes of the new model, and what the cache costs and saves.
 
     Raises:
-        PackageError: There is attention of another kind, or a cache that is not float32.
+        PackageError: There is attention of another kind, or a cache that is no float.
         RewriteError: The graph does something else with its cache.
     """
     model = load_model(path)
-    _check_attention(model, path)
-    length = min(TEXT_TOKENS, _positions(model))
+    float_type = _check_attention(model, path)
+    positions = [int(table.shape.numpy()[0]) for table in _tables(model).values()]
+    length = min([TEXT_TOKENS, *positions])
     with progress.stage("measure the cache", TEXTS * length, "tokens") as advance:
         texts = write_texts(path, starts, TEXTS, length, advance)
         known, held_out = texts[HELD_OUT:], texts[:HELD_OUT]
-        rotated = _rotated(model)
-        scales = {
-            name: found.scales(rotated=name in rotated)
-            for name, found in _ranges(path, known).items()
-        }
+        pairs = {name: int(table.shape.numpy()[1]) for name, table in _tables(model).items()}
+        scales = {name: found.scales for name, found in _ranges(path, known, pairs).items()}
         run_passes(model, [QuantizeCachePass(scales)])
     before = [outputs[_LOGITS][0] for outputs in _read(path, held_out)]
     external = path.with_name(f"{path.name}.data").is_file()
     size = replace_model(model, path, work, external_data=external)
     after = [outputs[_LOGITS][0] for outputs in _read(path, held_out)]
-    return size, _costs(before, after, scales)
+    return size, _costs(before, after, scales, float_type)
 
 
-def _check_attention(model: ir.Model, path: Path) -> None:
+def _check_attention(model: ir.Model, path: Path) -> ir.DataType:
+    """Type of the cache.
+
+    Raises:
+        PackageError: Not all of it belongs to GroupQueryAttention, or it is no float.
+    """
     fused = {
         value.name
         for node in model.graph
@@ -88,33 +91,34 @@ def _check_attention(model: ir.Model, path: Path) -> None:
             "kv_cache=float"
         )
         raise PackageError(msg)
-    strange = {str(value.dtype) for value in past} - {str(ir.DataType.FLOAT)}
-    if strange:
+    found = {value.dtype for value in past}
+    if len(found) > 1 or not found <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
         msg = (
-            f"{path}: kv_cache=int8 needs a float32 cache, found {', '.join(sorted(strange))}; "
-            "leave kv_cache=float"
+            f"{path}: kv_cache=int8 needs a cache in float32 or float16, found "
+            f"{', '.join(sorted(map(str, found)))}; leave kv_cache=float"
         )
         raise PackageError(msg)
+    return past[0].dtype or ir.DataType.FLOAT
 
 
-def _rotated(model: ir.Model) -> set[str]:
-    """Cache outputs of keys that the operator rotates by halves."""
-    return {
-        str(node.outputs[1].name)
-        for node in model.graph
-        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0) == 1
-    }
+def _tables(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Cosines [positions, pairs] by the cache output of the keys that are rotated with them.
 
-
-def _positions(model: ir.Model) -> int:
-    """How many positions the tables of rotation have; the kernel refuses longer text."""
-    tables = [
-        node.inputs[7]
-        for node in model.graph
-        if node.op_type == "GroupQueryAttention" and len(node.inputs) > 7
-    ]
-    sizes = [int(t.shape.numpy()[0]) for t in tables if t is not None and t.shape is not None]
-    return min(sizes, default=TEXT_TOKENS)
+    The kernels refuse text that is longer than the tables.
+    """
+    found = {}
+    for node in model.graph:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        inside = node.attributes.get_int("do_rotary", 0) == 1
+        key = node.inputs[1]
+        reader, index = (node, 7) if inside else (key.producer() if key else None, 2)
+        if reader is None or (reader is not node and reader.op_type != "RotaryEmbedding"):
+            continue
+        table = reader.inputs[index]
+        if table is not None and table.const_value is not None:
+            found[str(node.outputs[1].name)] = table.const_value
+    return found
 
 
 def _read(
@@ -127,13 +131,15 @@ def _read(
             yield run_session(session, decoder_feeds(session.get_inputs(), row[np.newaxis]))
 
 
-def _ranges(path: Path, texts: npt.NDArray[np.int64]) -> dict[str, CacheRange]:
-    """By name of the cache output."""
+def _ranges(
+    path: Path, texts: npt.NDArray[np.int64], pairs: Mapping[str, int]
+) -> dict[str, CacheRange]:
+    """By name of the cache output; `pairs` are the rotated ones, where there are any."""
     ranges: dict[str, CacheRange] = {}
     for outputs in _read(path, texts):
         for name, array in outputs.items():
             if cache_position(name) is not None:
-                found = CacheRange.of(array[0])
+                found = CacheRange.of(array[0], pairs.get(name, 0))
                 ranges[name] = found.join(ranges.get(name, found))
     return ranges
 
@@ -142,6 +148,7 @@ def _costs(
     before: Sequence[npt.NDArray[np.floating]],
     after: Sequence[npt.NDArray[np.floating]],
     scales: Mapping[str, npt.NDArray[np.float32]],
+    float_type: ir.DataType,
 ) -> FactTable:
     kl, same, count = 0.0, 0, 0
     for one, other in zip(before, after, strict=True):
@@ -153,8 +160,17 @@ def _costs(
         count += len(p.best)
         kl += float(p.kl(q).sum())
     channels = sum(scale.size for scale in scales.values())
+    name = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}[float_type]
     return FactTable(
         title="int8 cache",
-        header=("bytes a token, float32", "int8", "KL, nats/token", "top-1", "tokens"),
-        rows=((4 * channels, channels, round(kl / count, 5), round(same / count, 4), count),),
+        header=(f"bytes a token, {name}", "int8", "KL, nats/token", "top-1", "tokens"),
+        rows=(
+            (
+                float_type.itemsize * channels,
+                channels,
+                round(kl / count, 5),
+                round(same / count, 4),
+                count,
+            ),
+        ),
     )

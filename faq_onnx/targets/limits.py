@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from faq_onnx.artifacts.plan import BlockFormat
@@ -52,7 +53,9 @@ def _refusal(
     if weight.width % fmt.block_size == 0 or ragged:
         return None
     fitting = [size for size in limits.block_sizes if weight.width % size == 0]
-    way_out = f"--exclude {weight.place!r}" if weight.kind == "linear" else "--embedding keep"
+    way_out = f"--exclude {_pattern(weight.place)!r}"
+    if weight.kind == "embedding":
+        way_out = "--embedding keep"
     if fitting:
         way_out = f"--block-size {nearest(fmt.block_size, fitting)}"
     return Refusal(
@@ -61,6 +64,11 @@ def _refusal(
         allowed=f"block sizes {_words(fitting)}" if fitting else "a float weight",
         way_out=way_out,
     )
+
+
+def _pattern(place: str) -> str:
+    """Of the same weight in every layer, so that one option says it for all."""
+    return re.sub(r"(?<=\.)\d+(?=[./])", "*", place)
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ def open_target(name: str, options: Mapping[str, object] | None = None) -> Targe
         known = ", ".join(kind.options_type.model_fields) or "none"
         problems = [
             f"--target-option {'.'.join(map(str, each['loc'][:1]))}: found {each['input']!r}; "
-            f"{_reason(each['msg'])}"
+            + ("no such option" if each["type"] == "extra_forbidden" else _reason(each["msg"]))
             for each in error.errors()
         ]
         lines = "\n  - ".join([*problems, f"options of the target {name}: {known}"])

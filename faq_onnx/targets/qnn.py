@@ -160,7 +160,7 @@ class QnnTarget(Target):
         graphs = write_graphs(job.folder, job.work, lengths, found.steps if found else {})
         notes, tables = ((found.note,), (found.table,)) if found else ((), ())
         if not is_here():
-            note = f"not compiled: onnxruntime-qnn is not installed here ({EXTRA})"
+            note = f"not compiled: onnxruntime-qnn is not here ({EXTRA}, and package again)"
             return PackageFacts(notes=(*notes, note), tables=tables)
         compiled = self._compile(graphs, job.progress)
         build = _Build(graphs=compiled, versions=_versions())

@@ -30,12 +30,13 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
 
 _EXPORT = "export the model with optimum-onnx (`faq-onnx export`)"
 _CONVERT = "convert the float model with --target qnn"
+_UNFUSED = "convert with --target qnn, or with --no-fuse-attention"
 _OPERATORS: Mapping[str, str] = MappingProxyType(
     {
         "Attention": _EXPORT,
         "DequantizeLinear": _CONVERT,
         "GatherND": _EXPORT,
-        "GroupQueryAttention": "convert with --target qnn, or with --no-fuse-attention",
+        "GroupQueryAttention": _UNFUSED,
         "If": "export the decoder as one graph for all tokens (optimum: not merged)",
         "Loop": _EXPORT,
         "MultiHeadAttention": _EXPORT,
@@ -44,7 +45,7 @@ _OPERATORS: Mapping[str, str] = MappingProxyType(
         "SkipSimplifiedLayerNormalization": _EXPORT,
     }
 )
-_MICROSOFT_OPERATORS: Mapping[str, str] = MappingProxyType({"RotaryEmbedding": _EXPORT})
+_MICROSOFT_OPERATORS: Mapping[str, str] = MappingProxyType({"RotaryEmbedding": _UNFUSED})
 _NEEDED = (InputKind.TOKENS, InputKind.MASK, InputKind.POSITIONS)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-__all__ = ["mend_tokenizer"]
+__all__ = ["TOKENIZER_NAME", "mend_tokenizer"]
 
 _LOGGER = logging.getLogger(__name__)
-_NAME = "tokenizer.json"
+TOKENIZER_NAME = "tokenizer.json"
 _SAMPLE = "Hello, world!\n  Zwölf Boxkämpfer 日本 \t1234 (a_b)"
 
 
@@ -27,7 +27,7 @@ def mend_tokenizer(folder: Path) -> bool:
     Returns:
         Whether tokenizer.json was changed.
     """
-    path = folder / _NAME
+    path = folder / TOKENIZER_NAME
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8")

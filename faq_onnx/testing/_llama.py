@@ -48,6 +48,7 @@ class TinyLlama:
         tie: None: head of its own; SHARED: the head reads the embedding through a Transpose;
             DUPLICATE: two initializers of equal content.
         qkv_bias: Add after q_proj, k_proj and v_proj, as qwen2 has.
+        rotated: Channels of a head that are rotated, the first ones; None for all.
         seed: Of the weights.
     """
 
@@ -60,12 +61,18 @@ class TinyLlama:
     dtype: str = "float32"
     tie: Tie | None = None
     qkv_bias: bool = False
+    rotated: int | None = None
     seed: int = 0
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.hidden // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of one head that are rotated."""
+        return self.head_dim if self.rotated is None else self.rotated
 
 
 class _Builder:
@@ -248,8 +255,8 @@ def _scalar(b: _Builder, index: int) -> ir.Value:
 
 
 def _rotary(b: _Builder, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Cosine and sine [batch, 1, sequence, head_dim]."""
-    name, half = "/model/rotary_emb", b.spec.head_dim // 2
+    """Cosine and sine [batch, 1, sequence, rotary_dim]."""
+    name, half = "/model/rotary_emb", b.spec.rotary_dim // 2
     frequency = ROPE_BASE ** -(np.arange(half, dtype=np.float32) / half)
     axis = b.ints(f"{name}/Constant", 1, 3)
     angle = b.op("Unsqueeze", f"{name}/Unsqueeze", positions, axis)
@@ -319,8 +326,20 @@ class _Attention:
         return b.op("Transpose", f"{self.name}/Transpose_{part}", y, perm=[0, 2, 1, 3])
 
     def _rotate(self, b: _Builder, x: ir.Value, part: str) -> ir.Value:
+        """Return x cos + rotate_half(x) sin of the rotated channels, and the others."""
+        if b.spec.rotated is None:
+            return self._rotate_all(b, x, part)
+        name = f"{self.name}/{part}/part"
+        axis, zero = b.ints(f"{name}/Constant", 3), b.ints(f"{name}/Constant_1", 0)
+        middle = b.ints(f"{name}/Constant_2", b.spec.rotary_dim)
+        end = b.ints(f"{name}/Constant_3", np.iinfo(np.int64).max)
+        turned = self._rotate_all(b, b.op("Slice", f"{name}/Slice", x, zero, middle, axis), part)
+        rest = b.op("Slice", f"{name}/Slice_1", x, middle, end, axis)
+        return b.op("Concat", f"{name}/Concat", turned, rest, axis=-1)
+
+    def _rotate_all(self, b: _Builder, x: ir.Value, part: str) -> ir.Value:
         """Return x cos + rotate_half(x) sin."""
-        name, half = f"{self.name}/{part}", b.spec.head_dim // 2
+        name, half = f"{self.name}/{part}", b.spec.rotary_dim // 2
         axis, zero = b.ints(f"{name}/Constant", 3), b.ints(f"{name}/Constant_1", 0)
         middle = b.ints(f"{name}/Constant_2", half)
         end = b.ints(f"{name}/Constant_3", np.iinfo(np.int64).max)

@@ -12,7 +12,7 @@ import pytest
 from faq_onnx.artifacts.package import PackageManifest
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.graph.io import load_model
-from faq_onnx.testing import tiny_tokenizer, write_tiny_llama
+from faq_onnx.testing import TinyLlama, tiny_tokenizer, write_tiny_llama
 
 EXPORTERS = Path(__file__).parents[1] / "fixtures" / "exporters"
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -36,13 +36,24 @@ def shares_buffer(folder: Path) -> bool:
     return bool(config["search"]["past_present_share_buffer"])
 
 
+def heads_of_24(folder: Path) -> Path:
+    """A decoder that RotaryEmbedding rotates outside of the operator."""
+    return write_tiny_llama(folder, TinyLlama(hidden=96)).parent
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3", "qwen2-fp16", "heads of 24"])
 def test_greedy_tokens_in_genai_equal_the_unfused_model_in_onnxruntime(
     cli: Any, tmp_path: Path, family: str
 ) -> None:
     pytest.importorskip("onnxruntime_genai")
-    source = genai_source(f"optimum-{family}-untied-fp32", tmp_path / "source")
+    if family == "heads of 24":
+        source = heads_of_24(tmp_path / "source")
+    else:
+        architecture, _, dtype = family.partition("-")
+        name = f"optimum-{architecture}-untied-{dtype or 'fp32'}"
+        place = "../sliced/" if architecture == "phi3" else ""
+        source = genai_source(f"{place}{name}", tmp_path / "source")
     done = cli.run("package", source, "-o", tmp_path / "out", "--target", "genai", "-q")
     assert done.code == 0, done.err
     manifest = PackageManifest.load(tmp_path / "out" / "package.json")

@@ -30,6 +30,8 @@ EXPORTERS = Path(__file__).parents[1] / "fixtures" / "exporters"
 FUSED = (
     *("optimum-llama-tied-fp32", "optimum-llama-untied-fp32", "optimum-qwen2-untied-fp32"),
     *("optimum-qwen3-untied-fp32", "optimum-gemma3-untied-fp32"),
+    "../sliced/optimum-phi3-untied-fp32",  # one qkv_proj, rotated channels joined with no others
+    "optimum-qwen2-untied-fp16",  # softmax and o_proj in float32
     *("dynamo20-llama-untied-fp32", "dynamo20-qwen2-untied-fp32", "dynamo20-gemma3-untied-fp32"),
 )
 # Both graphs sum the same products in another order: a few epsilon per sum, two layers of
@@ -121,6 +123,75 @@ def test_a_tiny_decoder_computes_the_same(
     spec: TinyLlama, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     assert_same_decoder(*sessions(tiny_llama_onnx(spec), tmp_path, 64), rng)
+
+
+WIDTHS = {  # channels of a head, rotated ones, and whether the kernel rotates them itself
+    "8": (TinyLlama(hidden=32), False),
+    "24": (TinyLlama(hidden=96), False),
+    "24 in float16": (TinyLlama(hidden=96, dtype="float16"), False),
+    "16 of 32": (TinyLlama(hidden=128, rotated=16), True),
+    "8 of 32": (TinyLlama(hidden=128, rotated=8), False),
+    "10 of 24": (TinyLlama(hidden=96, rotated=10), False),
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_heads_of_any_width_and_partial_rotation(
+    width: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    spec, inside = WIDTHS[width]
+    plain, fused = sessions(tiny_llama_onnx(spec), tmp_path, 64)
+    assert_same_decoder(plain, fused, rng)
+    ids, mask = tokens(rng, 2, 6), np.ones((2, 6), np.int64)
+    mask[1, 4:] = 0  # positions behind padding count text alone
+    old, new = run(plain, ids, mask=mask), run(fused, ids, mask=mask)
+    ids, mask = tokens(rng, 2, 1), np.hstack([mask, np.ones((2, 1), np.int64)])
+    assert_close(run(fused, ids, new, mask)["logits"], run(plain, ids, old, mask)["logits"])
+    kinds = [node.op_type for node in load_model(tmp_path / "fused.onnx").graph]
+    assert kinds.count("RotaryEmbedding") == (0 if inside else 2 * spec.layers)
+
+
+def test_text_beyond_the_tables_is_refused_where_rotation_stands_outside(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    _, fused = sessions(tiny_llama_onnx(TinyLlama(hidden=96)), tmp_path, 16)
+    run(fused, tokens(rng, 1, 16))
+    with pytest.raises(UnsupportedModelError, match="RotaryEmbedding"):
+        run(fused, tokens(rng, 1, 17))
+
+
+def with_a_float32_cache(model: ir.Model) -> ir.Model:
+    """As converters write it that keep types of inputs and outputs: casts stand at the end."""
+    for value in list(model.graph.inputs):
+        if value.dtype == ir.DataType.FLOAT16:
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16}, name=f"{value.name}_cast")
+            cast.outputs[0].name = f"{value.name}_float16"
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            value.dtype = ir.DataType.FLOAT
+            model.graph.append(cast)
+    for index, value in enumerate(list(model.graph.outputs)):
+        name, shape = value.name, value.shape
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}_cast")
+        value.name = f"{name}_float16"
+        wide = cast.outputs[0]
+        wide.name, wide.shape, wide.dtype = name, shape, ir.DataType.FLOAT
+        model.graph.append(cast)
+        model.graph.outputs[index] = wide
+    return model
+
+
+def test_a_float16_decoder_with_a_float32_cache(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = with_a_float32_cache(tiny_llama_onnx(TinyLlama(dtype="float16")))
+    ir.save(model, tmp_path / "unsorted.onnx")
+    plain, fused = sessions(load_model(tmp_path / "unsorted.onnx"), tmp_path, 64)
+    ids = tokens(rng, 2, 12)
+    old, new = run(plain, ids), run(fused, ids)
+    assert old["present.0.key"].dtype == new["present.0.key"].dtype == np.float32
+    size = float(np.abs(old["logits"]).max())
+    np.testing.assert_allclose(new["logits"], old["logits"], atol=TOLERANCE["float16"] * size)
+    prompt = tokens(rng, 7)
+    assert [*generate_greedy(fused, prompt, 12)] == [*generate_greedy(plain, prompt, 12)]
 
 
 @pytest.mark.parametrize("name", ["optimum-qwen3-untied-fp32", "optimum-gemma3-untied-fp32"])

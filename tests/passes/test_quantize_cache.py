@@ -18,6 +18,7 @@ from faq_onnx.graph.io import load_model, save_model
 from faq_onnx.passes import FuseAttentionPass, QuantizeCachePass, run_passes
 from faq_onnx.runtime.feeds import cache_position, decoder_feeds
 from faq_onnx.runtime.session import open_session, run_session
+from faq_onnx.testing import TinyLlama, tiny_llama_onnx
 
 Array = npt.NDArray[Any]
 EXPORTERS = Path(__file__).parents[1] / "fixtures" / "exporters"
@@ -87,11 +88,23 @@ def test_a_cache_without_scales_is_refused() -> None:
         run_passes(fused("llama"), [QuantizeCachePass({})])
 
 
-def test_a_float16_cache_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_another_type_is_refused(tmp_path: Path) -> None:
     model = fused("llama")
     rewrite = QuantizeCachePass(scales_of(run(model, tmp_path / "float.onnx")))
     for value in (*model.graph.inputs, *model.graph.outputs):
         if cache_position(value.name or "") is not None:
-            value.dtype = ir.DataType.FLOAT16
-    with pytest.raises(RewriteError, match="CPU kernel quantizes float32 caches"):
+            value.dtype = ir.DataType.BFLOAT16
+    with pytest.raises(RewriteError, match="CPU kernel quantizes caches of float32 and float16"):
         run_passes(model, [rewrite])
+
+
+def test_a_float16_cache_becomes_int8(tmp_path: Path) -> None:
+    model = tiny_llama_onnx(TinyLlama(dtype="float16"))
+    run_passes(model, [FuseAttentionPass(find_attention(model, 64).blocks)])
+    expected = run(model, tmp_path / "float.onnx")
+    assert expected["present.0.key"].dtype == np.float16
+    run_passes(model, [QuantizeCachePass(scales_of(expected))])
+    found = run(model, tmp_path / "int8.onnx")
+    assert found["present.0.key"].dtype == np.int8
+    size = np.abs(expected["logits"]).max()
+    assert np.abs(found["logits"] - expected["logits"]).max() < 0.05 * size

@@ -103,11 +103,10 @@ def test_the_tables_of_two_bases_differ() -> None:
     [
         ("dynamo23-llama-tied-fp32", "Attention is fused in its own way"),
         ("mobius-qwen3-untied-fp32", "Attention is fused in its own way"),
-        ("optimum-qwen2-untied-fp16", "Cast"),
         ("dynamo20-qwen2-untied-gemm-fp32", "has shape (1, 64)"),
     ],
 )
-def test_what_is_not_decomposed_or_mixes_types_is_declined(name: str, reason: str) -> None:
+def test_what_is_not_decomposed_is_declined(name: str, reason: str) -> None:
     found = survey(name)
     assert not found.blocks
     assert len(found.declined) == found.layers == 2
@@ -119,6 +118,25 @@ def test_fused_attention_is_counted() -> None:
     assert (found.fused, found.layers, found.blocks) == (2, 2, ())
 
 
-def test_heads_that_the_kernel_cannot_rotate_are_declined() -> None:
-    found = find_attention(tiny_llama_onnx(TinyLlama(hidden=32)), 64)
-    assert "multiple of 16, these have 8" in found.declined[0].reason
+def test_heads_that_the_kernel_does_not_take_are_declined() -> None:
+    found = find_attention(tiny_llama_onnx(TinyLlama(hidden=48)), 64)
+    assert "multiple of 8, these have 12" in found.declined[0].reason
+
+
+def test_partial_rotation_is_measured() -> None:
+    block = find_attention(tiny_llama_onnx(TinyLlama(hidden=128, rotated=16)), 64).blocks[0]
+    assert block.rotary is not None
+    assert (block.head_dim, block.rotary.pairs, block.rotates_inside) == (32, 8, True)
+
+
+def test_a_cache_that_changes_its_type_is_declined() -> None:
+    found = survey("optimum-gemma3-untied-fp16")
+    assert not found.blocks
+    reasons = {each.reason for each in found.declined}
+    assert all("comes out as FLOAT (present.1.key); export in float32" in one for one in reasons)
+
+
+def test_types_of_rows_output_and_cache_are_told_apart() -> None:
+    block = survey("optimum-qwen2-untied-fp16").blocks[0]
+    assert block.dtype == block.query.dtype == ir.DataType.FLOAT16
+    assert block.output_dtype == ir.DataType.FLOAT

@@ -148,7 +148,8 @@ def test_a_short_corpus_is_shared_out_and_said(
     ("name", "content", "message"),
     [
         ("gone.txt", None, "no such file"),
-        ("a.csv", b"1,2", "cannot read '.csv'"),
+        ("a.csv", b"1,2", "cannot read a '.csv' file"),
+        ("a", b"1,2", "cannot read a file without a suffix"),
         ("empty.txt", b"", "0 calibration tokens"),
         ("blank.txt", b"\n \n", "0 calibration tokens"),
         ("short.txt", b"abc\n", "4 calibration tokens, fewer than one window of 8"),

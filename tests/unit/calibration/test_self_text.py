@@ -31,7 +31,7 @@ class _Count:
 
     @contextmanager
     def stage(self, title: str, total: float, unit: str) -> Iterator[Advance]:
-        assert (title, unit) == ("write calibration text", "token")
+        assert (title, unit) == ("write calibration text", "tokens")
         self.total += total
 
         def _advance(steps: float) -> None:

@@ -120,3 +120,22 @@ def test_exact_weights_stay_exact(rng: np.random.Generator) -> None:
     fmt = block_format(4, 16, symmetric=False)
     grid = search_grid(blocks, grams, fmt)
     np.testing.assert_array_equal(dequantize(round_to_grid(blocks, grid, fmt), grid), blocks)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_block_columns_are_searched_together_as_alone(
+    rng: np.random.Generator, block: int, symmetric: bool
+) -> None:
+    """What one chunk holds changes no byte, be its last block column alone or not."""
+    rows = CHUNK_ELEMENTS // (3 * block)  # chunks of three and, at the end, two block columns
+    fmt = block_format(4, block, symmetric=symmetric)
+    sites = [_site(rng, rows, block) for _ in range(4)]
+    blocks = np.concatenate([blocks for blocks, _ in sites], axis=1)
+    grams = np.concatenate([grams for _, grams in sites])
+    together = search_grid(blocks, grams, fmt)
+    for column in range(blocks.shape[1]):
+        own = slice(column, column + 1)
+        alone = search_grid(blocks[:, own], grams[own], fmt)
+        assert together.scale[:, own].tobytes() == alone.scale.tobytes()
+        assert together.zero_point[:, own].tobytes() == alone.zero_point.tobytes()

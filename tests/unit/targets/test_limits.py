@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import pytest
 
 from faq_onnx.artifacts.plan import BlockFormat
@@ -80,6 +82,19 @@ def test_alike_refusals_are_told_once() -> None:
     )
 
 
+def test_a_ragged_weight_is_excluded_in_all_layers_by_one_pattern() -> None:
+    places = [f"/model/layers.{number}/mlp/down_proj/MatMul" for number in range(12)]
+    bad = [_weight(place, width=172) for place in places]
+    with pytest.raises(UnsupportedFormatError) as caught:
+        check_limits(open_target("qnn"), _outline(*bad), finished=True)
+    lines = str(caught.value).splitlines()
+    pattern = "/model/layers.*/mlp/down_proj/MatMul"
+    assert lines[1].startswith(f"  - {places[0]} (and 11 like it): K=172")
+    assert lines[1].endswith(f"--exclude {pattern!r}")
+    assert lines[-1] == "  - these are options of convert: `faq-onnx convert --target qnn`"
+    assert all(fnmatch.fnmatchcase(place, pattern) for place in places)
+
+
 def test_options_are_words() -> None:
     assert split_options(["a-b=1", "c=x=y"]) == {"a_b": "1", "c": "x=y"}
     with pytest.raises(ConfigError, match="allowed KEY=VALUE"):
@@ -91,7 +106,9 @@ def test_every_target_opens_and_refuses_what_it_does_not_know(name: str) -> None
     target = open_target(name)
     assert target.name == name
     assert open_target(name, target.options.model_dump(mode="json")) == target
-    with pytest.raises(ConfigError, match=rf"--target-option wings: found 'two'.*\n.*{name}"):
+    with pytest.raises(
+        ConfigError, match=rf"--target-option wings: found 'two'; no such option\n.*{name}"
+    ):
         open_target(name, {"wings": "two"})
 
 
