@@ -59,6 +59,7 @@ class PackageManifest(Record):
         tables: Figures.
         files: Size of each file but package.json, by its path in the folder.
         notes: What else there is to say.
+        usage: How to run the folder, from inside it: Markdown.
     """
 
     schema_version: int = 2
@@ -73,3 +74,4 @@ class PackageManifest(Record):
     tables: tuple[FactTable, ...] = ()
     files: dict[str, int]
     notes: tuple[str, ...] = ()
+    usage: str = ""

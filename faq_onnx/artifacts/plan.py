@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.trade_off import TradeOff
-from faq_onnx.config import BlockScales, Grid, QuantizeConfig, Rounding
+from faq_onnx.config import BlockScales, Grid, QuantizeConfig, Rounding, RoundingConfig
 
 __all__ = [
     "BlockFormat",
@@ -124,3 +124,8 @@ class QuantPlan(Record):
     embeddings: tuple[EmbeddingPlan, ...]
     config: QuantizeConfig | None = None
     trade_off: TradeOff | None = None
+
+    @property
+    def rounding(self) -> RoundingConfig:
+        """How codes are chosen; the defaults where somebody made the plan by hand."""
+        return (self.config or QuantizeConfig()).rounding

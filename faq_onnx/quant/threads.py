@@ -23,8 +23,14 @@ MOST_THREADS = 8  # each holds the temporaries of one weight
 
 
 def thread_count() -> int:
-    """Threads that work on weights at once."""
-    return min(os.cpu_count() or 1, MOST_THREADS)
+    """Threads that work on weights at once: no more than cores that this process may use."""
+    return min(_cores(), MOST_THREADS)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: taskset, containers pinned to some cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

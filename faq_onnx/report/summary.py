@@ -39,31 +39,16 @@ _ROUNDINGS = {
     "gptq": "each weight makes up for the errors of those before it (GPTQ), then codes and "
     "scales are fitted in turn",
 }
-
-_RUN_IT = """## Run it
-
-With `pip install 'faq-onnx[genai]'`: `faq-onnx chat .`, or in Python (in this folder):
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model(".")
-tokenizer = og.Tokenizer(model)
-params = og.GeneratorParams(model)
-params.set_search_options(max_length=200)
-generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("Once upon a time"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```
-
-Or open `model.onnx` with onnxruntime: its inputs and outputs are those of the source model.
-`report.json` has everything in this page, and more, for programs."""
+_FOR_PROGRAMS = "`report.json` has everything in this page, and more, for programs."
 
 
-def summary_markdown(report: RunReport) -> str:
-    """Render the summary page of one run."""
+def summary_markdown(report: RunReport, usage: str) -> str:
+    """Render the summary page of one run.
+
+    Args:
+        report: What was done.
+        usage: How the target's runtime runs the folder, in Markdown.
+    """
     parts = [
         _head(report),
         _done(report),
@@ -73,7 +58,7 @@ def summary_markdown(report: RunReport) -> str:
         _float_sites(report.sites),
         _bullets("Left alone", [f"`{weight}`: {reason}" for weight, reason in report.skipped]),
         _bullets("Warnings", report.warnings),
-        _RUN_IT,
+        f"## Run it\n\n{usage}\n\n{_FOR_PROGRAMS}",
         _timing(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -242,6 +242,8 @@ def package_text(manifest: PackageManifest) -> str:
     lines.append(proof_text(manifest.proof))
     lines += [f"note        {text}" for text in manifest.notes]
     lines += [f"\n{fact_text(table)}" for table in manifest.tables]
+    if manifest.usage:
+        lines.append(f"\nTo run it:\n\n{manifest.usage}\n")
     return "\n".join(lines)
 
 

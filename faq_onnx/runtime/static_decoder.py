@@ -110,7 +110,7 @@ class StaticDecoder:
         if self.length + len(tokens) > self.context:
             raise UnsupportedModelError(
                 f"{self.length} + {len(tokens)} tokens are more than the context of "
-                f"{self.context}; package again with a larger --context"
+                f"{self.context}; package again with a larger --target-option context=N"
             )
         found = []
         while len(tokens):

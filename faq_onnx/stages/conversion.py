@@ -250,7 +250,7 @@ class Run:
             times=self.times,
             totals=(size, manifest.model_bytes),
         )
-        run_report.write_report(result, folder)
+        run_report.write_report(result, folder, manifest.usage)
         return result
 
     def _quantize(

@@ -132,6 +132,7 @@ def make_package(
         tables=facts.tables,
         files=_sizes(folder),
         notes=notes,
+        usage=target.usage,
     )
     manifest.save(folder / MANIFEST_NAME)
     return manifest

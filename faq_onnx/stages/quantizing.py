@@ -18,7 +18,6 @@ from faq_onnx.artifacts.weights import WeightStore
 from faq_onnx.calibration.attention import AttentionMoments
 from faq_onnx.calibration.paired import PairedWalk
 from faq_onnx.calibration.paired_moments import PairedMoments
-from faq_onnx.config import QuantizeConfig
 from faq_onnx.graph.io import release_weights
 from faq_onnx.passes import (
     FoldScalesPass,
@@ -129,8 +128,7 @@ class _Bench:
         """Quantize the sites whose rounding looks at activations, on the low-bit path."""
         judged = {name for name, plan in self.plans.items() if looks_at_activations(plan)}
         groups = [g.name for g in self.opened.census.groups if judged & set(g.sites)]
-        config = self.planned.plan.config or QuantizeConfig()
-        aware = config.rounding.attention_aware
+        aware = self.planned.plan.rounding.attention_aware
         walk = PairedWalk(self.opened.model, self.opened.census, folder, aware)
         walk.run(windows, groups, self._solve, progress)
 
@@ -138,10 +136,10 @@ class _Bench:
         self, group: ScaleGroup, halves: tuple[PairedMoments, PairedMoments]
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Quantize the sites of one group; what the low-bit path goes on with."""
-        config = self.planned.plan.config or QuantizeConfig()
+        rounding = self.planned.plan.rounding
         seen = PairedMoments.mean(halves)
-        moments = SiteMoments.of_text(seen.gram, seen.tokens, config.rounding.shrinkage)
-        targets = _Targets(halves) if config.rounding.correct else None
+        moments = SiteMoments.of_text(seen.gram, seen.tokens, rounding.shrinkage)
+        targets = _Targets(halves) if rounding.correct else None
         found = {}
         for name in group.sites:
             plan = self.plans.get(name)
@@ -165,9 +163,9 @@ class _Bench:
         return found
 
     def _by_head(self, name: str, attended: AttentionMoments) -> list[SiteMoments]:
-        config = self.planned.plan.config or QuantizeConfig()
+        strength = self.planned.plan.rounding.shrinkage
         return [
-            SiteMoments.of_text(gram, attended.tokens, config.rounding.shrinkage)
+            SiteMoments.of_text(gram, attended.tokens, strength)
             for gram in attended.inputs.get(name, ())
         ]
 
@@ -264,8 +262,7 @@ def _moments(
     """Of what the sites read after folding: x / s."""
     if stats is None or not stats.has(group.name):
         return None
-    config = planned.plan.config or QuantizeConfig()
     gram, scale = stats.gram(group.name), planned.scales.get(group.name)
     if scale is not None:
         gram = scale_gram(gram, scale)
-    return SiteMoments.of_text(gram, stats.manifest.tokens, config.rounding.shrinkage)
+    return SiteMoments.of_text(gram, stats.manifest.tokens, planned.plan.rounding.shrinkage)

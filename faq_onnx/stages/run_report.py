@@ -61,10 +61,10 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
     )
 
 
-def write_report(report: RunReport, folder: Path) -> None:
-    """Write report.json, and summary.md for people."""
+def write_report(report: RunReport, folder: Path, usage: str) -> None:
+    """Write report.json, and summary.md for people, with how to run the folder."""
     report.save(folder / REPORT_NAME)
-    (folder / SUMMARY_NAME).write_text(summary_markdown(report), encoding="utf-8")
+    (folder / SUMMARY_NAME).write_text(summary_markdown(report, usage), encoding="utf-8")
 
 
 def _peak_rss_bytes() -> int | None:

@@ -53,12 +53,12 @@ def quantize_cache(
     """
     model = load_model(path)
     float_type = _check_attention(model, path)
-    positions = [int(table.shape.numpy()[0]) for table in _tables(model).values()]
-    length = min([TEXT_TOKENS, *positions])
+    sizes = {name: table.shape.numpy() for name, table in _tables(model).items()}
+    length = min([TEXT_TOKENS, *(int(positions) for positions, _ in sizes.values())])
     with progress.stage("measure the cache", TEXTS * length, "tokens") as advance:
         texts = write_texts(path, starts, TEXTS, length, advance)
         known, held_out = texts[HELD_OUT:], texts[:HELD_OUT]
-        pairs = {name: int(table.shape.numpy()[1]) for name, table in _tables(model).items()}
+        pairs = {name: int(count) for name, (_, count) in sizes.items()}
         scales = {name: found.scales for name, found in _ranges(path, known, pairs).items()}
         run_passes(model, [QuantizeCachePass(scales)])
     before = [outputs[_LOGITS][0] for outputs in _read(path, held_out)]

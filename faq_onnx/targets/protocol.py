@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib.resources
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,6 +75,12 @@ class Target(abc.ABC):
     must_pass: ClassVar[bool] = True
 
     options: TargetOptions
+
+    @property
+    def usage(self) -> str:
+        """How to run the folder, from inside it: Markdown, for whoever gets it."""
+        folder = importlib.resources.files("faq_onnx.targets").joinpath("usage")
+        return folder.joinpath(f"{self.name}.md").read_text(encoding="utf-8").strip()
 
     def check_source(self, source: SourceModel, model: ir.Model) -> None:  # noqa: B027 - optional
         """Refuse before the work what packaging would fail on at its end.

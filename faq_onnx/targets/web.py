@@ -142,11 +142,9 @@ class WebTarget(Target):
         )
         config.save(job.folder / PAGE_CONFIG)
         shutil.copytree(_PAGE, job.folder, dirs_exist_ok=True)
-        notes = ["try it: python -m http.server --directory OUT, then http://localhost:8000"]
-        if template is None:
-            notes.append("there is no chat template: the page continues texts")
+        silent = ("there is no chat template: the page continues texts",)
         return PackageFacts(
-            notes=tuple(notes),
+            notes=silent if template is None else (),
             tables=(_downloads(config),),
             model_bytes=sum(file.bytes for file in divided),
         )

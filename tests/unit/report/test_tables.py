@@ -38,6 +38,8 @@ from faq_onnx.report.tables import (
     worst_sites,
 )
 
+USAGE = "open it here"
+
 
 def _row(site: str = "layers.0.q_proj", **changes: object) -> SiteRow:
     row = SiteRow(
@@ -266,7 +268,7 @@ def test_quant_plan_shows_the_gain_of_each_scale() -> None:
 
 
 def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
-    text = summary_markdown(_report())
+    text = summary_markdown(_report(), USAGE)
     for words in (
         "# model/, FAQ-GPTQ 3-bit",
         "538.0 MB became 134.5 MB",
@@ -277,7 +279,7 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         "- `lm_head`: --exclude lm_head",
         "- `weight7`: K is not constant",
         "- family assumed",
-        "og.Model",
+        "## Run it\n\nopen it here\n",
         "- calibrate: 1m 15s",
         "self-made text",
         "- Channel scales: from the activations that each layer and later ones read (FAQ)",
@@ -291,23 +293,23 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
 
 def test_summary_says_how_far_correlations_were_believed() -> None:
     rows = (_row("a", shrinkage=0.15), _row("b", shrinkage=0.325), FLOAT_ROW)
-    assert "shrunk by 0.15 to 0.33 (" in summary_markdown(_report(sites=rows))
-    assert "shrunk by 0.15 (" in summary_markdown(_report(sites=rows[::2]))
-    assert "shrunk" not in summary_markdown(_report(sites=(FLOAT_ROW,)))
+    assert "shrunk by 0.15 to 0.33 (" in summary_markdown(_report(sites=rows), USAGE)
+    assert "shrunk by 0.15 (" in summary_markdown(_report(sites=rows[::2]), USAGE)
+    assert "shrunk" not in summary_markdown(_report(sites=(FLOAT_ROW,)), USAGE)
 
 
 def test_summary_is_silent_about_memory_that_is_unknown() -> None:
-    assert "Peak memory: 1.2 GB" in summary_markdown(_report())
-    assert "Peak memory" not in summary_markdown(_report(peak_rss_bytes=None))
+    assert "Peak memory: 1.2 GB" in summary_markdown(_report(), USAGE)
+    assert "Peak memory" not in summary_markdown(_report(peak_rss_bytes=None), USAGE)
 
 
 def test_summary_without_verification_says_so() -> None:
-    assert "Not measured." in summary_markdown(_report(verification=None))
+    assert "Not measured." in summary_markdown(_report(verification=None), USAGE)
 
 
 @pytest.mark.parametrize("method", [Method.RTN, Method.HQQ, Method.K_QUANT])
 def test_summary_of_a_data_free_method_names_no_calibration(method: Method) -> None:
-    text = summary_markdown(_report(config=QuantizeConfig(method=method)))
+    text = summary_markdown(_report(config=QuantizeConfig(method=method)), USAGE)
     assert "- Channel scales: none" in text
     for word in ("Calibrated", "FAQ: ", "activations"):
         assert word not in text
@@ -318,7 +320,7 @@ def test_summary_tells_methods_apart(method: Method) -> None:
     """By what was done, not only by name: BEST walks more windows than FAQ-GPTQ."""
 
     def done(of: Method) -> str:
-        text = summary_markdown(_report(config=QuantizeConfig(method=of)))
+        text = summary_markdown(_report(config=QuantizeConfig(method=of)), USAGE)
         return text.partition("## What was done")[2].partition("## Quality")[0]
 
     same = [other for other in Method if done(other) == done(method)]
@@ -331,7 +333,7 @@ def test_summary_follows_an_axis_that_was_set_apart() -> None:
         scale=ScaleConfig(statistic="none"),
         rounding=RoundingConfig(rounding="gptq", path="low-bit", path_share=0.25),
     )
-    text = summary_markdown(_report(config=config))
+    text = summary_markdown(_report(config=config), USAGE)
     for words in (
         "- Channel scales: none",
         "cut where that lowers the output error (AWQ)",
@@ -340,11 +342,11 @@ def test_summary_follows_an_axis_that_was_set_apart() -> None:
     ):
         assert words in text
     float_path = config.model_copy(update={"rounding": RoundingConfig(rounding="gptq")})
-    assert "activations of the float model" in summary_markdown(_report(config=float_path))
+    assert "activations of the float model" in summary_markdown(_report(config=float_path), USAGE)
 
 
 def test_summary_of_eight_bits_claims_no_search() -> None:
-    text = summary_markdown(_report(config=QuantizeConfig(bits=8)))
+    text = summary_markdown(_report(config=QuantizeConfig(bits=8)), USAGE)
     assert "- Channel scales: from" in text
     assert "- Block grids: the range of each block\n" in text
     assert "- Rounding: each weight to its nearest level\n" in text
