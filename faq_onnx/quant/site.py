@@ -47,6 +47,9 @@ ROWS_AT_A_TIME = 4096  # a head of 150,000 rows would otherwise need gigabytes o
 # BLAS takes rows in tiles, and few or left over ones by other kernels, so bytes would else depend
 # on the number of threads.
 ROWS_OF_A_PIECE = 64
+# Of descent and refit behind GPTQ. SmolLM2, 4 bits in blocks of 32, what a gate's and a down_proj's
+# loss falls to: 0.947 and 0.962 after one, 0.929 and 0.948, 0.920 and 0.942, 0.915 and 0.939.
+SWEEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +268,9 @@ def _quantize_rows(  # noqa: PLR0913, PLR0917 - what to round, how, and against 
     elif plan.rounding == "gptq" and moments is not None:
         codes = round_gptq(target, grid, fmt, moments.factor)
         grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
-        codes = descend_codes(target, codes, grid, moments.shrunk, fmt)
-        grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
+        for _ in range(SWEEPS):
+            codes = descend_codes(target, codes, grid, moments.shrunk, fmt)
+            grid = refit_scales(target, codes, grid, moments.shrunk, scale_dtype)
     else:
         codes = round_to_grid(to_blocks(target, fmt.block_size), grid, fmt)
     packed = to_quantized_weight(codes, grid, fmt, weight.shape[1], scale_dtype)
