@@ -7,9 +7,8 @@ M = E[(y - x_q W^T)^T x_q]. Rounding it instead of W is the exact form of GPTAQ'
 2504.02692), close to QEP and Qronos (algorithms.md 5.2, 5.3); the residual stream as y is ours.
 
 M is mostly noise: the errors that it should find in x_q are small beside the rest. So the
-correction is damped, D = a M (G + r mean(diag G) I)^-1. Ridge r and strength a are judged by what
-each half of the tokens asks for on the other half, and chosen for what both ask for together,
-which is half as noisy.
+correction is damped, D = a M (G + r mean(diag G) I)^-1, and ridge r and strength a are those under
+which what one half of the tokens asks for helps the other half most (2-fold cross-validation).
 """
 
 from __future__ import annotations
@@ -56,26 +55,23 @@ class Miss:
         """Half the slope of the loss along `change`, downwards: tr(D M^T)."""
         return float(np.vdot(change, self.missing))
 
-    def curvature(self, change: Matrix, along: Matrix) -> float:
-        """tr(D G E^T)."""
-        return float(np.vdot(change @ self.gram, along))
+    def curvature(self, change: Matrix) -> float:
+        """tr(D G D^T)."""
+        return float(np.vdot(change @ self.gram, change))
 
 
 def correction(halves: tuple[Miss, Miss], ridges: Sequence[float] = RIDGES) -> Matrix:
     """What to add to the weight, float32 [N, K]; zeros where nothing helps.
 
-    E|x_q (W + a D)^T - y|^2 falls by 2 a tr(D M^T) - a^2 tr(D G D^T), so that the best strength
-    a, limited to [0, 1], has a closed form. D is the mean of what the halves ask for, D_1 and D_2,
-    and M and G are always of the half that D_1 or D_2 has not seen. What D_1 alone would cost
-    there, tr(D_1 G_2 D_1^T), has twice the noise of D: a strength for that would be too timid.
+    E|x_q (W + a D)^T - y|^2 falls by 2 a tr(D M^T) - a^2 tr(D G D^T): with D of one half of the
+    tokens and M, G of the other, the best strength a, limited to [0, 1], has a closed form.
     """
     one, other = halves
     best, strength, least = None, 0.0, 0.0
     for ridge in ridges:
-        first, second = damped_correction(one, ridge), damped_correction(other, ridge)
-        slope = (other.linear_gain(first) + one.linear_gain(second)) / 2
-        both = first + second
-        curvature = (other.curvature(first, both) + one.curvature(second, both)) / 4
+        pairs = [(damped_correction(one, ridge), other), (damped_correction(other, ridge), one)]
+        slope = sum(half.linear_gain(change) for change, half in pairs)
+        curvature = sum(half.curvature(change) for change, half in pairs)
         if slope <= 0 or curvature <= 0:
             continue
         wish = min(slope / curvature, 1.0)
