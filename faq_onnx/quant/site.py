@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from faq_onnx.quant.grid import search_grid
 from faq_onnx.quant.objective import block_grams, output_energy
 from faq_onnx.quant.refit import descend_codes, refit_scales
 from faq_onnx.quant.shrinkage import shrinkage_of
-from faq_onnx.quant.threads import map_in_threads
+from faq_onnx.quant.threads import map_in_threads, one_blas_thread
 from faq_onnx.quant.uniform import (
     BlockGrid,
     minmax_grid,
@@ -42,11 +43,11 @@ __all__ = [
 
 Array = npt.NDArray[np.float32]
 
-ROWS_AT_A_TIME = 4096  # a head of 150,000 rows would otherwise need gigabytes of temporaries
-# A thread for fewer rows would wait more than work. Pieces are multiples of it, but for the last:
-# BLAS takes rows in tiles, and few or left over ones by other kernels, so bytes would else depend
-# on the number of threads.
-ROWS_OF_A_PIECE = 64
+# Rows are quantized in pieces, which threads take from a common heap. What a piece is does not
+# depend on the threads: BLAS takes rows in tiles, 24 at a time on some processors, and left over
+# ones by other kernels, so where a piece begins is seen in the last digit.
+ROWS_AT_A_TIME = 512  # and a head of 150,000 rows would otherwise need gigabytes of temporaries
+ONE_PIECE = 128  # as many rows or fewer: a second thread would wait more than work
 # Of descent and refit behind GPTQ. SmolLM2, 4-bit 32: the loss of a gate and of a down_proj
 # falls to 0.947 and 0.962 after one, 0.929 and 0.948, 0.920 and 0.942, 0.915 and 0.939.
 SWEEPS = 2
@@ -157,11 +158,12 @@ def quantize_weight(  # noqa: PLR0913 - what to round, how, and against what
         own, goal = weight[share.rows], wished[share.rows]
         return _quantize_rows(own, goal, plan, share.moments, share.metric, scale_dtype)
 
-    shares = _shares(len(weight), moments, row_metric, workers)
+    shares = _shares(len(weight), moments, row_metric)
     if workers > 1:
         pieces = list(map_in_threads(quantize, shares))
     else:
-        pieces = [quantize(share) for share in shares]
+        with one_blas_thread():
+            pieces = [quantize(share) for share in shares]
     signal = sum(piece.signal for piece in pieces)
     noise = sum(piece.noise for piece in pieces)
     digest = hashlib.sha256()
@@ -188,7 +190,6 @@ def _shares(
     rows: int,
     moments: SiteMoments | Sequence[SiteMoments] | None,
     metric: npt.NDArray[np.float64] | None,
-    workers: int,
 ) -> list[_Share]:
     """Heads are never divided, where there are any."""
     if isinstance(moments, Sequence):
@@ -200,9 +201,9 @@ def _shares(
             for i, own in enumerate(moments)
         ]
     if metric is None:
-        return [_Share(share, moments, None) for share in row_shares(rows, workers)]
+        return [_Share(share, moments, None) for share in row_shares(rows)]
     size = _head_size(rows, len(metric))
-    together = max(1, min(-(-len(metric) // workers), ROWS_AT_A_TIME // size))
+    together = max(1, ROWS_AT_A_TIME // size)
     return [
         _Share(
             slice(i * size, min(i + together, len(metric)) * size),
@@ -221,14 +222,11 @@ def _head_size(rows: int, heads: int) -> int:
     return size
 
 
-def row_shares(rows: int, workers: int) -> list[slice]:
-    """Rows that are quantized together: about as many for each worker, bounded for memory."""
-    share = -(-rows // (workers * ROWS_OF_A_PIECE)) * ROWS_OF_A_PIECE
-    step = min(ROWS_AT_A_TIME, share)
-    starts = list(range(0, rows, step))
-    if len(starts) > 1 and rows - starts[-1] < ROWS_OF_A_PIECE:
-        starts.pop()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], rows], strict=True)]
+def row_shares(rows: int) -> list[slice]:
+    """Rows that are quantized together: an even number of like pieces, for two threads or more."""
+    pieces = 1 if rows <= ONE_PIECE else 2 * -(-rows // (2 * ROWS_AT_A_TIME))
+    bounds = [rows * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def looks_at_activations(plan: SitePlan) -> bool:

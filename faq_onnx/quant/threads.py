@@ -7,14 +7,17 @@ four times slower than two with one.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+import numpy as np  # noqa: F401 - loads the BLAS that is looked for below
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
-__all__ = ["map_in_threads", "thread_count"]
+__all__ = ["map_in_threads", "one_blas_thread", "thread_count"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,5 +38,20 @@ def _cores() -> int:
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map(function, items)` on all cores, results in the order of `items`."""
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(thread_count()) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(thread_count()) as pool:
         yield from pool.map(function, items)
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Hold BLAS to one thread, which is also how its results do not depend on their number."""
+    blas = _blas()
+    if all(library["num_threads"] == 1 for library in blas.info()):
+        return nullcontext()  # in one of our threads: nothing to set under the others' products
+    limit: AbstractContextManager[object] = blas.limit(limits=1)
+    return limit
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """Numpy's, found once: looking through all libraries takes milliseconds."""
+    return ThreadpoolController().select(user_api="blas")
