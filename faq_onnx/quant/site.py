@@ -44,8 +44,8 @@ __all__ = [
 Array = npt.NDArray[np.float32]
 
 # Rows are quantized in pieces, which threads take from a common heap. What a piece is does not
-# depend on the threads: BLAS takes rows in tiles, 24 at a time on some processors, and left over
-# ones by other kernels, so where a piece begins is seen in the last digit.
+# depend on the threads: BLAS may take the last rows of a product by another kernel (on AVX2 the
+# last eight, whatever their number), so where a piece ends is seen in the last digit.
 ROWS_AT_A_TIME = 512  # and a head of 150,000 rows would otherwise need gigabytes of temporaries
 ONE_PIECE = 128  # as many rows or fewer: a second thread would wait more than work
 # Of descent and refit behind GPTQ. SmolLM2, 4-bit 32: the loss of a gate and of a down_proj
@@ -203,14 +203,9 @@ def _shares(
     if metric is None:
         return [_Share(share, moments, None) for share in row_shares(rows)]
     size = _head_size(rows, len(metric))
-    together = max(1, ROWS_AT_A_TIME // size)
     return [
-        _Share(
-            slice(i * size, min(i + together, len(metric)) * size),
-            moments,
-            metric[i : i + together],
-        )
-        for i in range(0, len(metric), together)
+        _Share(share, moments, metric[share.start // size : share.stop // size])
+        for share in row_shares(rows, size)
     ]
 
 
@@ -222,10 +217,16 @@ def _head_size(rows: int, heads: int) -> int:
     return size
 
 
-def row_shares(rows: int) -> list[slice]:
-    """Rows that are quantized together: an even number of like pieces, for two threads or more."""
-    pieces = 1 if rows <= ONE_PIECE else 2 * -(-rows // (2 * ROWS_AT_A_TIME))
-    bounds = [rows * i // pieces for i in range(pieces + 1)]
+def row_shares(rows: int, head_size: int = 1) -> list[slice]:
+    """Rows that are quantized together: an even number of like pieces, for two threads or more.
+
+    Args:
+        rows: Of the weight, whole heads.
+        head_size: Rows that are never divided.
+    """
+    heads = rows // head_size
+    pieces = 1 if rows <= ONE_PIECE else min(heads, 2 * -(-rows // (2 * ROWS_AT_A_TIME)))
+    bounds = [heads * i // pieces * head_size for i in range(pieces + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
