@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faq_onnx.cli import options
+from faq_onnx.cli import interrupts, options
 from faq_onnx.cli.output import print_json
 from faq_onnx.errors import ConfigError
 
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     for text in _turns():
         with contextlib.suppress(KeyboardInterrupt):
             _stream(chat, text)
+        interrupts.answered()
         sys.stdout.write("\n")
         sys.stdout.flush()
 

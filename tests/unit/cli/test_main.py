@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import faq_onnx
-from faq_onnx.cli import recipe
+from faq_onnx.cli import interrupts, recipe
 from faq_onnx.cli.main import COMMANDS, build_parser, main
 from faq_onnx.cli.options import read_config
 from faq_onnx.config import Axes, Method, QuantizeConfig
@@ -172,6 +176,54 @@ def test_interrupt_is_one_line_and_130(
     monkeypatch.setattr(recipe, "run", interrupted)
     assert main(["recipe"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+class _File(io.FileIO):
+    """Ctrl-C arrives while numpy asks what this is."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        signal.raise_signal(signal.SIGINT)
+        return io.FileIO
+
+
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Shells start background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_an_interrupt_that_numpy_loses_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def loses(_args: argparse.Namespace) -> None:
+        with _File(tmp_path / "array", "w") as file, pytest.raises(TypeError):
+            np.zeros(3).tofile(file)
+        msg = "numpy's own"
+        raise TypeError(msg)
+
+    monkeypatch.setattr(recipe, "run", loses)
+    assert main(["recipe"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("foreground")
+def test_an_error_behind_an_answered_interrupt_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def goes_on(_args: argparse.Namespace) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        interrupts.answered()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(recipe, "run", goes_on)
+    with pytest.raises(ZeroDivisionError):
+        main(["recipe"])
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
