@@ -27,6 +27,7 @@ import numpy as np
 from faq_onnx import pipeline
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.calibration.corpus import load_corpus
+from faq_onnx.cli import interrupts
 from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig, VerifyConfig
 from faq_onnx.errors import ExportError, FaqOnnxError
 from faq_onnx.export import resolve_source
@@ -208,17 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.getLogger("faq_onnx").addHandler(logging.NullHandler())
-    progress = make_progress(sys.stderr)
     try:
-        source = args.source or packaged_model()
-        if not Path(source).exists():  # before anything is removed for its sake
-            raise ExportError(f"--source {source!r}: no such file or folder")
-        if args.fresh or _read_source(args.folder) not in {None, source}:
-            _remove_results(args.folder)
-        args.folder.mkdir(parents=True, exist_ok=True)
-        (args.folder / "source.txt").write_text(source, encoding="utf-8")
-        demo = Demo(source, args.folder, args.samples, args.sequence_length, progress)
-        print(f"\n{run(demo, args.prompt, args.max_tokens)}")
+        with interrupts.kept():
+            _demonstrate(args)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; what was finished is kept, the next run goes on there\n")
         return EXIT_INTERRUPTED
@@ -226,6 +219,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
+
+
+def _demonstrate(args: argparse.Namespace) -> None:
+    source = args.source or packaged_model()
+    if not Path(source).exists():  # before anything is removed for its sake
+        raise ExportError(f"--source {source!r}: no such file or folder")
+    if args.fresh or _read_source(args.folder) not in {None, source}:
+        _remove_results(args.folder)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "source.txt").write_text(source, encoding="utf-8")
+    progress = make_progress(sys.stderr)
+    demo = Demo(source, args.folder, args.samples, args.sequence_length, progress)
+    print(f"\n{run(demo, args.prompt, args.max_tokens)}")
 
 
 def _read_report(folder: Path) -> RunReport | None:

@@ -1,4 +1,4 @@
-"""Ctrl-C, remembered: an extension module that runs Python code may lose the KeyboardInterrupt.
+"""Ctrl-C, kept: an extension module that runs Python code may lose the KeyboardInterrupt.
 
 numpy does (2.4, `ndarray.tofile` and so `np.save`): the handler runs inside its `isinstance(file,
 os.PathLike)`, numpy reads the error as "yes" and raises a TypeError of its own. Whoever pressed
@@ -13,14 +13,14 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["answered", "pending", "remembered"]
+__all__ = ["answered", "kept"]
 
 _pending = threading.Event()
 
 
 @contextlib.contextmanager
-def remembered() -> Iterator[None]:
-    """Within it SIGINT raises KeyboardInterrupt as ever, and `pending` says that it came.
+def kept() -> Iterator[None]:
+    """Whatever fails within it behind Ctrl-C fails as KeyboardInterrupt.
 
     Does nothing outside the main thread, or where the caller or the shell (a background job) has
     put another handler in place.
@@ -34,18 +34,17 @@ def remembered() -> Iterator[None]:
         signal.signal(signal.SIGINT, _remember)
     try:
         yield
+    except Exception as error:
+        if _pending.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pending() -> bool:
-    """True when Ctrl-C was pressed and no `answered` came after it."""
-    return _pending.is_set()
-
-
 def answered() -> None:
-    """The interrupt has done what it was for and the command goes on (the prompt of `chat`)."""
+    """The interrupt has done what it was for, and the command goes on (the prompt of `chat`)."""
     _pending.clear()
 
 

@@ -119,38 +119,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # onnxruntime's wheels report to Microsoft unless this is set before the import.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    with interrupts.remembered():
-        try:
-            return _run(argv)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - bugs are raised again
-            return _failed(error, argv)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
 
 
 def _run(argv: Sequence[str]) -> int:
     try:
         args = build_parser(argv).parse_args(argv)
-        with log_to_stderr(verbose=args.verbose):
+        with interrupts.kept(), log_to_stderr(verbose=args.verbose):
             _command(args.command).run(args)
         sys.stdout.flush()
+    except FaqOnnxError as error:
+        print_error(error, as_json="--json" in argv)
+        return error.exit_code
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
     return 0
-
-
-def _failed(error: BaseException, argv: Sequence[str]) -> int:
-    """Tell what ended the command and return the exit code; a bug keeps its traceback."""
-    # Whatever fails behind Ctrl-C fails of it: not every library hands the interrupt on.
-    if interrupts.pending() or isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("interrupted; nothing was written\n")
-        return EXIT_INTERRUPTED
-    if isinstance(error, FaqOnnxError):
-        print_error(error, as_json="--json" in argv)
-        return error.exit_code
-    if isinstance(error, BrokenPipeError):
-        # Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
-    raise error
 
 
 def _command(name: str) -> Command:
