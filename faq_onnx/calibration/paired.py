@@ -119,6 +119,8 @@ class PairedWalk:
                     self._diverged |= part.varying & set(crossing)
                 self._drop_dead(part, parts, after)
                 advance(1)
+        self._float.release()
+        self._low_bit.release()
 
     @property
     def _float(self) -> HiddenStore:

@@ -111,6 +111,7 @@ class SensitivityWalk:
                     runner.start(found, perturb, errors)
                     runner.carry([FLOAT, *streams])
                 self._drop_dead(part)
+        HiddenStore(self.folder).release()
         release_weights(self.model)
         return tuple(
             Sensitivity(name=name, error=error, kl=max(kls[name], 0.0))
