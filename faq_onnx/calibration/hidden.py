@@ -2,7 +2,7 @@
 
 A walk writes tens of gigabytes, nearly all over values that are dead by then. A file that is
 written over keeps its pages in the system's cache, a new one has to be given them first: that
-took a seventh of a conversion. So files of dropped values wait to be written over.
+took a tenth of a conversion. So files of dropped values wait to be written over.
 """
 
 from __future__ import annotations
