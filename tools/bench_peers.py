@@ -1,4 +1,4 @@
-"""Low-bit models of one ONNX file made by other tools, measured as our own tables are.
+"""Low-bit models of one ONNX file by other tools and our own, measured as our tables are.
 
     python tools/bench_peers.py MODEL --calibration c4.txt --evaluation wikitext2.test.txt
         --models-dir DIR --results peers.jsonl --python modelopt=ENV/bin/python
@@ -7,7 +7,8 @@ Each peer writes DIR/NAME-FORMAT.onnx (skipped when it is there already), which 
 with the float model on the same windows as in bench_quality.py, at accuracy_level 4 (int8
 activations) and 0 (float32 ones). The level is set on every MatMulNBits node; a model that holds
 DequantizeLinear instead gets the level from onnxruntime's session option, 4 being its default.
-A peer that fails gets a row with its error. Embedding and head stay float in every row.
+A peer that fails gets a row with its error. Embedding and head stay float in every row. `faq-onnx`
+is our own command with all its defaults: it takes its own number of windows from the same text.
 
 Peers named in --python run in an environment of their own: `modelopt` needs
 nvidia-modelopt[onnx], `onnxsim` itself and onnxruntime, `genai` onnxruntime-genai and transformers
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
                     bits=int(name.partition("b")[0]),
                     block_size=int(name.partition("b")[2]),
                     feeds=feeds,
+                    text=args.calibration,
                     hf=args.hf,
                     pythons=dict(args.python),
                 )

@@ -1,6 +1,7 @@
-"""The other tools of bench_peers.py: what each is called, and how it is asked for a model.
+"""The tools of bench_peers.py: what each is called, and how it is asked for a model.
 
-Tools that need packages of their own run in another environment, most through a script in peers/.
+Ours is among them, run from its command line with all its defaults. Tools that need packages of
+their own run in another environment, most through a script in peers/.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -38,6 +40,7 @@ class Job:
         bits: Of the codes.
         block_size: Weights along K with one scale.
         feeds: Inputs of the model, one per calibration window.
+        text: What these windows were cut from: a file, or self.
         hf: Folder of the checkpoint that `source` was exported from.
         pythons: Interpreters of other environments, by name.
     """
@@ -47,8 +50,19 @@ class Job:
     bits: int
     block_size: int
     feeds: tuple[Mapping[str, npt.NDArray[Any]], ...]
+    text: str
     hf: Path | None
     pythons: Mapping[str, str]
+
+
+def _faq_onnx(job: Job) -> None:
+    """What a user of ours gets who names a text and a format; cuts the text as it likes."""
+    folder = job.output.with_suffix("")
+    kept = ["--lm-head", "keep", "--embedding", "keep"]  # as in every other row
+    numbers = ["--bits", str(job.bits), "--block-size", str(job.block_size)]
+    arguments = [str(job.source), "-o", str(folder), "--calibration", job.text, *numbers, *kept]
+    _run([sys.executable, "-m", "faq_onnx", "convert", *arguments, "--quiet"])
+    _lift(folder, job.output)
 
 
 def _onnxruntime(job: Job, algorithm: str) -> None:
@@ -139,6 +153,7 @@ def _lift(folder: Path, output: Path) -> None:
 
 PEERS: Mapping[str, Callable[[Job], None]] = MappingProxyType(
     {
+        "faq-onnx": _faq_onnx,
         "modelopt-awq": _modelopt,
         "onnxsim-gptq": partial(_onnxsim, algorithm="gptq"),
         "onnxsim-awq": partial(_onnxsim, algorithm="awq"),
@@ -189,10 +204,14 @@ def _script(name: str) -> str:
 
 
 def _call(job: Job, environment: str, arguments: list[str]) -> None:
-    """Run another environment's Python; its last lines are the error."""
+    """Run another environment's Python."""
     if environment not in job.pythons:
         raise ValueError(f"needs --python {environment}=path/to/bin/python")
-    command = [job.pythons[environment], *arguments]
+    _run([job.pythons[environment], *arguments])
+
+
+def _run(command: list[str]) -> None:
+    """Run a command; its last lines are the error."""
     environ = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(  # noqa: S603
         command, capture_output=True, text=True, check=False, env=environ
