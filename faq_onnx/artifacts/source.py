@@ -7,7 +7,7 @@ from pathlib import Path
 
 from faq_onnx.artifacts.record import Record
 
-__all__ = ["SourceModel", "context_length"]
+__all__ = ["SourceModel", "context_length", "stated_context"]
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_CONTEXT = 2048
@@ -38,5 +38,10 @@ class SourceModel(Record):
 
 def context_length(config: Mapping[str, object] | None) -> int:
     """Positions that a model is made for, by its parsed config.json; 2048 where it is silent."""
+    return stated_context(config) or _DEFAULT_CONTEXT
+
+
+def stated_context(config: Mapping[str, object] | None) -> int | None:
+    """Positions that a model is made for, None where its parsed config.json is silent."""
     values = ((config or {}).get(key) for key in _CONTEXT_KEYS)
-    return next((v for v in values if isinstance(v, int) and v > 0), _DEFAULT_CONTEXT)
+    return next((v for v in values if isinstance(v, int) and v > 0), None)

@@ -17,6 +17,7 @@ from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import RunReport, StageTime
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
+from faq_onnx.artifacts.source import stated_context
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import SiteError
@@ -136,8 +137,18 @@ class Run:
         found.check("" if self.target is None else self.target.name)
 
     def tokens(self, opened: opening.OpenedModel, *, calibrate: bool = True) -> TokenWindows:
-        """Calibration and held-out windows; the same held-out ones for every method."""
+        """Calibration and held-out windows; the same held-out ones for every method.
+
+        No window is longer than the model's context.
+        """
         settings = self.config.calibration
+        context = stated_context(opening.read_config(opened.source))
+        if context is not None and context < settings.sequence_length:
+            self.progress.note(
+                f"windows of {context} tokens, which is all that the model's config.json allows; "
+                f"{settings.sequence_length} were asked for"
+            )
+            settings = settings.model_copy(update={"sequence_length": context})
         written = settings.source == "self"
         needed = calibrate and (self.config.axes.calibrates or self.config.budget is not None)
         with self.timed("tokens"):

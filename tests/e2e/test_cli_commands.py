@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 
 import faq_onnx
 from faq_onnx.artifacts.run import RunReport
+from faq_onnx.artifacts.stats import StatsManifest
 from faq_onnx.config import CalibrationConfig, QuantizeConfig, VerifyConfig
 from faq_onnx.progress import Advance
 from faq_onnx.runtime.session import open_session
@@ -303,6 +305,21 @@ def test_stdout_is_the_result_and_stderr_the_progress(
         assert stage in done.stderr
     # onnxruntime, too, leaves nothing behind (its telemetry would)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("context", "length"), [(20, 20), (400, 32)])
+def test_windows_are_no_longer_than_the_context(
+    cli: Any, source: Path, tmp_path: Path, context: int, length: int
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source.parent, folder)
+    (folder / "config.json").write_text(f'{{"max_position_embeddings": {context}}}')
+    words = ["--samples", "4", "--sequence-length", "32", "--calibration", cli.text]
+    done = cli.run("calibrate", folder / source.name, "-o", tmp_path / "stats", *words)
+    assert done.code == 0, done.err
+    manifest = StatsManifest.load(tmp_path / "stats" / "stats.json")
+    assert manifest.tokens == 4 * length
+    assert (f"windows of {context} tokens" in done.err) == (context < 32)
 
 
 def test_export_of_what_is_onnx_already(cli: Any, source: Path, scratch: Path) -> None:
