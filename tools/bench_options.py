@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "add_calibration",
     "add_common",
     "calibration_of",
+    "keys_of",
     "make_config",
     "make_parser",
     "method_argument",
@@ -138,7 +139,12 @@ def method_argument(text: str) -> str:
 def settings_of(method: str) -> dict[str, object]:
     """`faq faq.window=2` -> {"method": "faq", "faq": {"window": "2"}}."""
     name, *settings = method.split()
-    result: dict[str, object] = {"method": name}
+    return {"method": name, **keys_of(settings)}
+
+
+def keys_of(settings: Iterable[str]) -> dict[str, object]:
+    """`["faq.window=2", "roles=a,b"]` -> {"faq": {"window": "2"}, "roles": ["a", "b"]}."""
+    result: dict[str, object] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         place = result

@@ -9,6 +9,8 @@ text), a format and a stack: `plain` (clipping, nearest) or `gptq` (grid search 
 float path). In each cell AWQ and FAQ differ by nothing but the channel statistic. Starting from
 the defaults, one axis after the other tries all its values in all cells, and keeps the one with
 the lowest mean KL relative to AWQ's (cells of different formats have different sizes of KL).
+With --settings "window=1 fusion=0.7 roles=attention_input" "" ... these are compared and nothing
+is searched; what a setting does not name is the default's.
 
 Prints, for each configuration and cell, the paired difference to AWQ (mean over windows +- its
 standard error), then the mean over cells +- its standard error, and the winner. Never evaluate on
@@ -28,6 +30,7 @@ from pathlib import Path
 import bench_options
 import numpy as np
 from figures import Figure, Results, mean_of, paired
+from pydantic import ValidationError
 from quality import Bench
 from work import work_folder
 
@@ -149,6 +152,16 @@ class Search:
         return bench_options.calibration_of(self.args, source=text, seed=seed)
 
 
+def _settings(text: str) -> FaqConfig:
+    """`window=1 roles=attention_input`, over the defaults."""
+    try:
+        return FaqConfig.model_validate(bench_options.keys_of(text.split()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise argparse.ArgumentTypeError(f"{text!r}: {place}: {first['msg']}") from error
+
+
 def describe(faq: FaqConfig) -> str:
     """In one line."""
     roles = "+".join(faq.roles)
@@ -163,6 +176,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     with work_folder(args.work) as folder:
         search = Search(args, folder, Results(args.json))
+        if args.settings is not None:
+            for faq in args.settings:
+                search.score(faq)
+            return 0
         best = FaqConfig()
         lowest = search.score(best)
         for axis in args.axes:
@@ -190,6 +207,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument(
         "--axes", nargs="+", choices=AXES, default=list(AXES), help="in this order [all]"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", type=_settings, help="compare these, and search nothing"
     )
     bench_options.add_common(parser, ("4b32", "3b64"), windows=8)
     return parser.parse_args(argv)
