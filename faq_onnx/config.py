@@ -94,7 +94,9 @@ METHODS: Mapping[Method, Axes] = MappingProxyType(
 )
 
 
-PATH_SHARE = 0.6  # a conversion then takes less than four times a pass over the text
+SAMPLES = 256
+SELF_SAMPLES = 128
+PATH_SHARE = 0.8  # a conversion then takes less than four times a pass over the text
 PATH_SHARES: Mapping[Method, float] = MappingProxyType({Method.BEST: 1.0})
 
 
@@ -109,12 +111,21 @@ class CalibrationConfig(_Section):
     """`self` (the model writes its own text), or a .txt file, .jsonl file or folder of .npy/.npz
     token arrays.
     """
-    samples: Annotated[int, Field(ge=1)] = 128
-    """Number of calibration windows; fewer are faster."""
+    samples: Annotated[int, Field(ge=1)] | None = None
+    """Number of calibration windows; fewer are faster. By default 256 of a text, which is used
+    whole if it has fewer, and 128 where the model writes its own: writing takes time, too.
+    """
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a window; no more are taken than the model's config.json allows."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+
+    @property
+    def count(self) -> int:
+        """Calibration windows to take."""
+        if self.samples is not None:
+            return self.samples
+        return SELF_SAMPLES if self.source == "self" else SAMPLES
 
 
 class ScaleConfig(_Section):
@@ -144,7 +155,7 @@ class RoundingConfig(_Section):
     path: Literal[Path, "method"] = "method"
     """Round against activations of the float model, or of the model quantized so far."""
     path_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the calibration windows that walks the low-bit path; by default 0.6, and all for
+    """Share of the calibration windows that walks the low-bit path. By default 0.8, and all for
     best.
     """
     shrinkage: Annotated[float, Field(ge=0.0, le=1.0)] | None = None

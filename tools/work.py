@@ -30,7 +30,7 @@ def load_windows(
     The seed picks among the first `pool` windows of the text, and a small draw is part of a larger
     one. A model that writes its own text (`self`) writes another one for another seed.
     """
-    samples = calibration.samples
+    samples = calibration.count
     draws = pool > samples and calibration.source != "self"
     tokens = load_corpus(
         calibration,

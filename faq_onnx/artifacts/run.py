@@ -64,6 +64,8 @@ class RunReport(Record):
 
     Attributes:
         versions: By package name.
+        calibration_tokens: Tokens that statistics and rounding looked at; 0 for methods that look
+            at weights only.
         peak_rss_bytes: None where the system does not tell, which is Windows.
     """
 
@@ -83,3 +85,4 @@ class RunReport(Record):
     peak_rss_bytes: int | None
     verification: VerificationReport | None
     trade_off: TradeOff | None = None
+    calibration_tokens: int = 0

@@ -69,7 +69,8 @@ def load_corpus(  # noqa: PLR0913 - keyword-only, one call site
 ) -> TokenWindows:
     """The first `count` windows for calibration, the `holdout` that follow for verification.
 
-    A shorter corpus is shared out in the same proportion and a note says so.
+    A shorter corpus is shared out in the same proportion and a note says so; as much as an eighth
+    of it is held out all the same.
 
     Args:
         config: Source of the corpus, sequence length and seed (which only `self` uses).
@@ -106,7 +107,7 @@ def load_corpus(  # noqa: PLR0913 - keyword-only, one call site
 def _share_out(windows: _Tokens, count: int, holdout: int) -> TokenWindows:
     found = len(windows)
     if found < count + holdout:
-        held = holdout * found // (count + holdout)
+        held = max(holdout * found // (count + holdout), min(holdout, found // 8))
         held = max(held, min(holdout, 1)) if found > 1 else 0
         count = found - held
     return TokenWindows(calibration=windows[:count], heldout=windows[count : count + holdout])

@@ -262,6 +262,8 @@ def _field(key: str) -> FieldInfo:
 def _help(field: FieldInfo, *, many: bool) -> str:
     description = " ".join((field.description or "").split()).rstrip(".").replace("%", "%%")
     repeated = "; may be repeated" if many else ""
+    if field.default is None and "By default" in description:  # which then says what
+        return description
     return f"{description} (default: {_shown(field.default)}){repeated}"
 
 

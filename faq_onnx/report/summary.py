@@ -99,8 +99,8 @@ def _done(report: RunReport) -> str:
     if config.axes.calibrates:
         data = config.calibration
         lines.append(
-            f"Calibrated on `{data.source}`: up to {data.samples} windows of "
-            f"{data.sequence_length} tokens, seed {data.seed}"
+            f"Calibrated on `{data.source}`: {report.calibration_tokens:,} tokens in windows of "
+            f"up to {data.sequence_length}, seed {data.seed}"
         )
     lines += [*_choices(config), *_shrinkage(report.sites)]
     lines += [

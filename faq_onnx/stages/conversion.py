@@ -162,7 +162,7 @@ class Run:
                 settings,
                 source=opened.source,
                 vocabulary=opened.vocabulary,
-                count=0 if written and not needed else settings.samples,
+                count=0 if written and not needed else settings.count,
                 holdout=self.config.verify.samples,
                 progress=self.progress,
             )
@@ -260,9 +260,17 @@ class Run:
             config=self.config,
             times=self.times,
             totals=(size, manifest.model_bytes),
+            calibration_tokens=self._tokens_seen(stats, windows),
         )
         run_report.write_report(result, folder, manifest.usage)
         return result
+
+    def _tokens_seen(self, stats: CalibrationStats | None, windows: TokenWindows) -> int:
+        """Tokens of the walk that rounding follows; without one, of the statistics."""
+        walked = path_windows(self.config, windows.calibration)
+        if walked is not None:
+            return walked.size
+        return 0 if stats is None else stats.manifest.tokens
 
     def _quantize(
         self,

@@ -33,6 +33,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
     config: QuantizeConfig,
     times: Sequence[StageTime],
     totals: tuple[int, int],
+    calibration_tokens: int,
 ) -> RunReport:
     """Everything about one conversion; `totals` are the bytes of source and output."""
     errors = {site.site: site for site in verification.sites}
@@ -58,6 +59,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         peak_rss_bytes=_peak_rss_bytes(),
         verification=verification,
         trade_off=planned.plan.trade_off,
+        calibration_tokens=calibration_tokens,
     )
 
 

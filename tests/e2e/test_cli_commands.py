@@ -322,6 +322,17 @@ def test_windows_are_no_longer_than_the_context(
     assert (f"windows of {context} tokens" in done.err) == (context < 32)
 
 
+def test_report_says_how_much_text_was_looked_at(cli: Any, source: Path, tmp_path: Path) -> None:
+    """Not how much was asked for: the text has fewer windows."""
+    words = ("--method", "best", "--samples", "100000", "--sequence-length", "32")
+    assert cli.quick("convert", source, "-o", tmp_path / "out", *words).code == 0
+    report = RunReport.load(tmp_path / "out" / "report.json")
+    assert 32 * 64 < report.calibration_tokens < 32 * 1000
+    assert f"{report.calibration_tokens:,} tokens in windows of up to 32" in (
+        tmp_path / "out" / "summary.md"
+    ).read_text(encoding="utf-8")
+
+
 def test_export_of_what_is_onnx_already(cli: Any, source: Path, scratch: Path) -> None:
     done = cli.run("export", source, "-o", scratch / "out", "-q")
     assert (done.code, list(scratch.iterdir())) == (8, [])

@@ -144,6 +144,24 @@ def test_a_short_corpus_is_shared_out_and_said(
     assert rows.tolist() == list(range(len(rows)))  # in order, no overlap
 
 
+@pytest.mark.parametrize(("found", "heldout"), [(4, 1), (20, 2), (32, 3), (40, 3), (256, 3)])
+def test_an_eighth_of_a_short_corpus_is_held_out(
+    tmp_path: Path, source: SourceModel, found: int, heldout: int
+) -> None:
+    """However many windows were wished for: three of 500 would leave one of 40."""
+    path = tmp_path / "t.npy"
+    np.save(path, np.arange(8 * found) % VOCABULARY)
+    windows = load_corpus(
+        CalibrationConfig(source=str(path), sequence_length=8),
+        source=source,
+        vocabulary=VOCABULARY,
+        count=500,
+        holdout=3,
+        progress=SILENT,
+    )
+    assert (len(windows.calibration), len(windows.heldout)) == (found - heldout, heldout)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from faq_onnx.calibration.windows import path_windows, scale_windows
-from faq_onnx.config import Method, QuantizeConfig, RoundingConfig
+from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig, RoundingConfig
 
 
 @pytest.mark.parametrize(
     ("config", "scales", "walk"),
     [
         (QuantizeConfig(method=Method.AWQ), 128, None),
-        (QuantizeConfig(method=Method.FAQ_GPTQ), 32, 77),
+        (QuantizeConfig(method=Method.FAQ_GPTQ), 32, 102),
         (QuantizeConfig(method=Method.BEST), 32, 128),
         (QuantizeConfig(rounding=RoundingConfig(path="float")), 128, None),
         (QuantizeConfig(rounding=RoundingConfig(path_share=0.01)), 32, 32),
@@ -30,6 +30,20 @@ def test_windows_for_scales_and_for_the_walk(
     if found is not None:  # spread over the corpus, each once
         assert (found[0, 0], found[-1, 0]) == (0, 127)
         assert len(np.unique(found[:, 0])) == walk
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (CalibrationConfig(source="notes.txt"), 256),
+        (CalibrationConfig(), 128),
+        (CalibrationConfig(source="notes.txt", samples=5), 5),
+        (CalibrationConfig(samples=300), 300),
+    ],
+    ids=["text", "self", "asked for", "asked for of self"],
+)
+def test_windows_to_take(data: CalibrationConfig, count: int) -> None:
+    assert data.count == count
 
 
 def test_a_small_corpus_walks_whole() -> None:

@@ -286,7 +286,7 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         "- FAQ: window preview over 5 layers, fusion 0.85",
         "- Block grids: scale and zero point searched",
         "- Rounding: each weight makes up for the errors of those before it (GPTQ)",
-        "model quantized so far (at least 60% of the windows); each site makes up for errors",
+        "model quantized so far (at least 80% of the windows); each site makes up for errors",
     ):
         assert words in text
 
