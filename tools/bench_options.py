@@ -16,10 +16,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from figures import Difference, Figure
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from quality import Bench
 from work import work_folder
 
@@ -32,6 +33,7 @@ __all__ = [
     "add_calibration",
     "add_common",
     "calibration_of",
+    "checked",
     "keys_of",
     "make_config",
     "make_parser",
@@ -42,6 +44,7 @@ __all__ = [
     "show",
 ]
 
+_Model = TypeVar("_Model", bound=BaseModel)
 _FORMAT = re.compile(r"([2348])b(16|32|64|128|256)(s?)")
 
 
@@ -127,13 +130,18 @@ def parse_format(text: str) -> dict[str, object]:
 
 def method_argument(text: str) -> str:
     """Check a METHOD before anything is computed."""
+    checked(QuantizeConfig, settings_of(text), text)
+    return text
+
+
+def checked(model: type[_Model], settings: dict[str, object], text: str) -> _Model:
+    """A configuration of an argument's settings; what is wrong with `text` otherwise."""
     try:
-        QuantizeConfig.model_validate(settings_of(text))
+        return model.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise argparse.ArgumentTypeError(f"{text!r}: {place}: {first['msg']}") from error
-    return text
 
 
 def settings_of(method: str) -> dict[str, object]:

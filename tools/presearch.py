@@ -30,7 +30,6 @@ from pathlib import Path
 import bench_options
 import numpy as np
 from figures import Figure, Results, mean_of, paired
-from pydantic import ValidationError
 from quality import Bench
 from work import work_folder
 
@@ -154,12 +153,7 @@ class Search:
 
 def _settings(text: str) -> FaqConfig:
     """`window=1 roles=attention_input`, over the defaults."""
-    try:
-        return FaqConfig.model_validate(bench_options.keys_of(text.split()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise argparse.ArgumentTypeError(f"{text!r}: {place}: {first['msg']}") from error
+    return bench_options.checked(FaqConfig, bench_options.keys_of(text.split()), text)
 
 
 def describe(faq: FaqConfig) -> str:

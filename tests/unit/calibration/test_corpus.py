@@ -151,14 +151,7 @@ def test_an_eighth_of_a_short_corpus_is_held_out(
     """However many windows were wished for: three of 500 would leave one of 40."""
     path = tmp_path / "t.npy"
     np.save(path, np.arange(8 * found) % VOCABULARY)
-    windows = load_corpus(
-        CalibrationConfig(source=str(path), sequence_length=8),
-        source=source,
-        vocabulary=VOCABULARY,
-        count=500,
-        holdout=3,
-        progress=SILENT,
-    )
+    windows = _load(path, source, count=500, holdout=3, length=8)
     assert (len(windows.calibration), len(windows.heldout)) == (found - heldout, heldout)
 
 
