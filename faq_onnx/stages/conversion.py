@@ -180,7 +180,7 @@ class Run:
     ) -> tuple[CalibrationStats, ReferenceLogits]:
         """Statistics that the settings need, and the float model's logits."""
         groups = needs_statistics(opened.census, self.config)
-        room = _work_bytes(opened.census, windows, groups)
+        room = _work_bytes(opened.census, self.config, windows, groups)
         if self.config.budget is not None:
             room += budgeting.stream_bytes(opened.census, windows.calibration)
         check_free_space(self.work, room)
@@ -358,14 +358,23 @@ def work_folder(given: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _work_bytes(census: ModelCensus, windows: TokenWindows, groups: list[str]) -> int:
+def _work_bytes(
+    census: ModelCensus, config: QuantizeConfig, windows: TokenWindows, groups: list[str]
+) -> int:
     """Disk that calibration takes: Gram matrices, and hidden states of a few layers.
 
-    The walk on the low-bit path keeps as much for each path: a group's activations and the streams
-    around it, whose files stay until the walk ends (SmolLM2: 2.6 times the widest activation).
+    A walk keeps a group's activations and the streams around it, the one on the low-bit path for
+    either path; files of dead values stay until it ends. Measured: five times the stream, the
+    widest activation, and what attention adds, which is narrower.
     """
     named = set(groups)
     grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
     width = max((group.in_features for group in census.groups), default=0)
-    tokens = windows.calibration.size + windows.heldout.size
-    return grams + 2 * 3 * 4 * width * tokens
+    calibrated = scale_windows(config, windows.calibration)
+    walked = path_windows(config, windows.calibration)
+    tokens = max(
+        calibrated.size + windows.heldout.size,
+        0 if walked is None else 2 * walked.size,
+    )
+    stream = max((table.width for table in census.embeddings), default=width)
+    return grams + 4 * (6 * stream + width) * tokens

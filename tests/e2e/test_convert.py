@@ -23,9 +23,11 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from faq_onnx.artifacts.run import RunReport, SiteRow
 from faq_onnx.artifacts.sites import Tie
+from faq_onnx.calibration.hidden import HiddenStore
 from faq_onnx.config import METHODS, Method
 from faq_onnx.graph.io import load_model
 from faq_onnx.runtime.feeds import decoder_feeds
+from faq_onnx.targets.package import check_free_space
 from faq_onnx.testing import TinyLlama, write_tiny_llama
 
 Array = npt.NDArray[np.float32]
@@ -617,3 +619,39 @@ def test_only_scale_groups_that_are_scaled_say_so(cli: Any, source: Path, tmp_pa
     assert scaled["q_proj"] == scaled["down_proj"] == "fold"
     assert all(row.exponent == 0 for row in report.sites if row.channel_scale == "none")
     assert not math.isnan(kl(report))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--method", "awq"),
+        ("--method", "best"),
+        ("--method", "best", "--budget", "5bpw"),
+    ],
+    ids=["statistics", "low-bit path", "sensitivities"],
+)
+def test_walks_take_no_more_disk_than_was_asked_for(
+    cli: Any,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """Files of dead values stay until a walk ends: what lies there then is the most it took."""
+    work, asked, taken = tmp_path / "work", list[int](), list[int]()
+    release = HiddenStore.release
+
+    def asks(folder: Path, room: int) -> None:
+        asked.append(room)
+        check_free_space(folder, room)
+
+    def releases(store: HiddenStore) -> None:
+        taken.append(sum(path.stat().st_size for path in work.rglob("*.npy")))
+        release(store)
+
+    monkeypatch.setattr("faq_onnx.stages.conversion.check_free_space", asks)
+    monkeypatch.setattr(HiddenStore, "release", releases)
+    text = ("--samples", "24", "--sequence-length", "64")
+    done = cli.quick("convert", source, "-o", tmp_path / "out", "--work", work, *text, *words)
+    assert done.code == 0, done.err
+    assert 0.2 * asked[0] < max(taken) <= asked[0]
