@@ -364,17 +364,17 @@ def _work_bytes(
     """Disk that calibration takes: Gram matrices, and hidden states of a few layers.
 
     A walk keeps a group's activations and the streams around it, the one on the low-bit path for
-    either path; files of dead values stay until it ends. Measured: five times the stream, the
-    widest activation, and what attention adds, which is narrower.
+    either path; files of dead values stay until it ends. Measured: at most five times the stream,
+    and once what each kind of group reads, which attention may make wider than the stream.
     """
     named = set(groups)
     grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
-    width = max((group.in_features for group in census.groups), default=0)
+    inputs = {group.in_features for group in census.groups}
     calibrated = scale_windows(config, windows.calibration)
     walked = path_windows(config, windows.calibration)
     tokens = max(
         calibrated.size + windows.heldout.size,
         0 if walked is None else 2 * walked.size,
     )
-    stream = max((table.width for table in census.embeddings), default=width)
-    return grams + 4 * (6 * stream + width) * tokens
+    stream = max((table.width for table in census.embeddings), default=max(inputs, default=0))
+    return grams + 4 * (5 * stream + sum(inputs)) * tokens
