@@ -16,7 +16,6 @@ import numpy.typing as npt
 from faq_onnx.artifacts.plan import EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.sensitivity import Sensitivities
-from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.calibration.collect import Collector, corpus_fingerprint
 from faq_onnx.calibration.sensitivity import SensitivityWalk, sensitivity_windows
@@ -37,7 +36,6 @@ __all__ = [
     "look_ahead",
     "measure_sensitivity",
     "plan_under_budget",
-    "stream_bytes",
 ]
 
 SENSITIVITY_NAME = "sensitivity.json"
@@ -133,14 +131,6 @@ def look_ahead(opened: OpenedModel, config: QuantizeConfig, judge: Judge) -> Out
     names += [table.name for table in census.embeddings]
     candidates = FormatCandidates(census, config, frozenset(names), judge=judge)
     return Outlook(budget, candidates, _other_bytes(opened, config, budget))
-
-
-def stream_bytes(census: ModelCensus, calibration: npt.NDArray[np.int64]) -> int:
-    """Disk for the hidden states of two layers, once for each weight that is perturbed."""
-    tokens = sensitivity_windows(calibration).size
-    weights = len(census.sites) + len(census.embeddings)
-    width = max((table.width for table in census.embeddings), default=0)
-    return 2 * 4 * width * tokens * weights
 
 
 def measure_sensitivity(

@@ -16,13 +16,14 @@ from pathlib import Path
 from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.record import fingerprint_bytes
 from faq_onnx.artifacts.run import RunReport, StageTime
-from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
+from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite
 from faq_onnx.artifacts.source import stated_context
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.calibration.collect import Collector
 from faq_onnx.calibration.corpus import TokenWindows, load_corpus
+from faq_onnx.calibration.space import disk_space
 from faq_onnx.calibration.walk import ReferenceLogits
 from faq_onnx.calibration.windows import path_windows, scale_windows
 from faq_onnx.config import QuantizeConfig
@@ -180,10 +181,7 @@ class Run:
     ) -> tuple[CalibrationStats, ReferenceLogits]:
         """Statistics that the settings need, and the float model's logits."""
         groups = needs_statistics(opened.census, self.config)
-        room = _work_bytes(opened.census, self.config, windows, groups)
-        if self.config.budget is not None:
-            room += budgeting.stream_bytes(opened.census, windows.calibration)
-        check_free_space(self.work, room)
+        check_free_space(self.work, disk_space(opened.census, self.config, windows, groups))
         unrotated = None
         if opened.unrotated is not None:
             with self.timed("check the rotation"):
@@ -356,25 +354,3 @@ def work_folder(given: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="faq-onnx-") as folder, name_full_disk(Path(folder)):
         yield Path(folder)
-
-
-def _work_bytes(
-    census: ModelCensus, config: QuantizeConfig, windows: TokenWindows, groups: list[str]
-) -> int:
-    """Disk that calibration takes: Gram matrices, and hidden states of a few layers.
-
-    A walk keeps a group's activations and the streams around it, the one on the low-bit path for
-    either path; files of dead values stay until it ends. Measured: at most five times the stream,
-    and once what each kind of group reads, which attention may make wider than the stream.
-    """
-    named = set(groups)
-    grams = sum(4 * group.in_features**2 for group in census.groups if group.name in named)
-    inputs = {group.in_features for group in census.groups}
-    calibrated = scale_windows(config, windows.calibration)
-    walked = path_windows(config, windows.calibration)
-    tokens = max(
-        calibrated.size + windows.heldout.size,
-        0 if walked is None else 2 * walked.size,
-    )
-    stream = max((table.width for table in census.embeddings), default=max(inputs, default=0))
-    return grams + 4 * (5 * stream + sum(inputs)) * tokens
