@@ -167,6 +167,10 @@ class RoundingConfig(_Section):
     """On the low-bit path, round q, k and v for what attention makes of their errors (BoA)."""
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""
+    look_ahead: bool | None = None
+    """On the low-bit path, let gate and up bring the residual stream back through down_proj, too.
+    By default where the channel scales look ahead as well (FAQ's).
+    """
 
 
 class FaqConfig(_Section):
@@ -262,6 +266,12 @@ class QuantizeConfig(_Section):
         """Share of the calibration windows that walks the low-bit path."""
         wish = self.rounding.path_share
         return PATH_SHARES.get(self.method, PATH_SHARE) if wish is None else wish
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether weights are corrected through the weight behind them."""
+        wish = self.rounding.look_ahead
+        return self.axes.scales == "faq" if wish is None else wish
 
     @property
     def axes(self) -> Axes:

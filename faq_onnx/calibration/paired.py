@@ -19,6 +19,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from faq_onnx.artifacts.sites import LinearSite, ModelCensus, ScaleGroup
+from faq_onnx.calibration.ahead import (
+    Ahead,
+    Look,
+    LookAhead,
+    find_ahead,
+    measure_slopes,
+    stream_metric,
+)
 from faq_onnx.calibration.attention import (
     ATTENDED_TOKENS,
     Attended,
@@ -38,8 +46,9 @@ from faq_onnx.calibration.residual import Residual, find_residual
 from faq_onnx.errors import NonFiniteError
 from faq_onnx.graph.cut import Part, cut_at, extract_part
 from faq_onnx.graph.io import release_weights, save_model
-from faq_onnx.graph.weights import read_initializer, replace_weight
+from faq_onnx.graph.weights import read_initializer, read_weight, replace_weight
 from faq_onnx.progress import SILENT, Progress
+from faq_onnx.quant.ahead import Seen
 from faq_onnx.runtime.session import open_session
 
 __all__ = ["PairedWalk", "Solve"]
@@ -47,7 +56,7 @@ __all__ = ["PairedWalk", "Solve"]
 Array = npt.NDArray[np.float32]
 
 
-Solve = Callable[[ScaleGroup, Halves], Mapping[str, Array]]
+Solve = Callable[[ScaleGroup, Halves, LookAhead | None], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,7 @@ class _Stop:
     value: str
     residuals: Mapping[str, Residual]
     attention: AttentionSites | None = None
+    ahead: Ahead | None = None
 
 
 @dataclasses.dataclass
@@ -69,12 +79,15 @@ class PairedWalk:
         census: Of it.
         folder: For hidden states and part models.
         attention_aware: Find out how errors of q, k and v count behind attention.
+        look_ahead: Offer `solve` to look ahead of groups in front of a site that writes to the
+            residual stream.
     """
 
     model: ir.Model
     census: ModelCensus
     folder: Path
     attention_aware: bool = False
+    look_ahead: bool = False
     _diverged: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def run(
@@ -89,8 +102,9 @@ class PairedWalk:
         Args:
             windows: Token ids, int64 [windows, length].
             groups: Names of the groups to stop at; others stay float on both paths.
-            solve: Gets a group and its moments on two halves of the tokens, returns the weights
-                [N, K] that the low-bit path goes on with, by site name.
+            solve: Gets a group, its moments on two halves of the tokens and, where there is
+                something to see, what looks ahead of it; returns the weights [N, K] that the
+                low-bit path goes on with, by site name.
             progress: One step per part.
 
         Raises:
@@ -112,7 +126,10 @@ class PairedWalk:
                     self._forward(part, batches, {*crossing, *after}, {}, self._float)
                 weights: dict[str, Array] = {}
                 for stop in here:
-                    weights |= solve(stop.group, self._moments(stop, part, batches))
+                    halves = self._moments(stop, part, batches)
+                    look = None if is_last else self._look(stop, part, batches, halves)
+                    weights |= solve(stop.group, halves, look)
+                    del look  # its session reads the file that the next one is written to
                 diverged = weights or self._diverged & set(part.inputs)
                 if crossing and diverged:
                     self._forward(part, batches, set(crossing), weights, self._low_bit)
@@ -144,6 +161,11 @@ class PairedWalk:
         parts = cut_at(self.model, stage_of)
         values = ir.convenience.create_value_mapping(self.model.graph, include_subgraphs=False)
         stops: dict[int, list[_Stop]] = {}
+
+        def residual_of(site: LinearSite) -> Residual | None:
+            part = _common_part(parts, [site])
+            return None if part is None else find_residual(values[site.output], part)
+
         for group in groups:
             sites = [self.census.site(name) for name in group.sites]
             part = _common_part(parts, sites)
@@ -159,7 +181,13 @@ class PairedWalk:
                 attention = attention_sites(self.census, values, group)
             if attention is not None and not part.produces.issuperset(attention.values):
                 attention = None
-            stops.setdefault(part.index, []).append(_Stop(group, value, residuals, attention))
+            ahead = None
+            if self.look_ahead:
+                ahead = find_ahead(self.census, values, groups, group, residual_of)
+            if ahead is not None and not part.produces.issuperset(ahead.outputs.values()):
+                ahead = None
+            stop = _Stop(group, value, residuals, attention, ahead)
+            stops.setdefault(part.index, []).append(stop)
         return parts, stops
 
     def _forward(
@@ -260,6 +288,60 @@ class PairedWalk:
             seen = {n: np.asarray(r, np.float32) for n, r in zip(names, results, strict=True)}
             sums.add(seen, inputs.reshape(*batch.ids.shape, -1))
         return sums.moments()
+
+    def _look(
+        self, stop: _Stop, part: Part, batches: Sequence[Batch], halves: Halves
+    ) -> LookAhead | None:
+        """Looks through the site behind a group at what the stream is off."""
+        ahead = stop.ahead
+        if ahead is None:
+            return None
+        behind = self.census.site(ahead.site)
+        metric = stream_metric(self.model, self.census, ahead.readers)
+        weight, bias = read_weight(self.model, behind), self._bias(ahead.site)
+        if not metric.size:
+            metric = np.ones(behind.out_features, np.float32)
+        names = [ahead.hidden, *ahead.outputs.values()]
+
+        def observe(targets: Mapping[str, Array]) -> Callable[[int], Seen]:
+            session = self._session(part, names, targets)
+            between = self._elementwise(ahead)
+            moved = {name: value for name, value in ahead.outputs.items() if name in targets}
+
+            def see(number: int) -> Seen:
+                batch = batches[number]
+                results = self._run(session, part, batch, names, low_bit=True)
+                given = dict(zip(names, results, strict=True))
+                hidden = _rows(given.pop(ahead.hidden))
+                slopes = measure_slopes(between, ahead.hidden, given, moved)
+                before = ahead.residual.before
+                goal = _rows(self._float.get(before, batch.name)) + bias
+                goal += _rows(self._float.get(ahead.hidden, batch.name)) @ weight.T
+                store = self._low_bit if before in self._diverged else self._float
+                missing = goal - _rows(store.get(before, batch.name)) - bias - hidden @ weight.T
+                loudness = np.sqrt(np.square(goal).mean(axis=1, keepdims=True))
+                share = np.divide(1, loudness, out=np.zeros_like(loudness), where=loudness > 0)
+                return Seen(
+                    _rows(self._read(part, stop.value, batch, low_bit=True)),
+                    {name: _rows(slope) * share for name, slope in slopes.items()},
+                    missing * share * metric,
+                    weight * metric[:, np.newaxis],
+                )
+
+            return see
+
+        return Look((halves[0].gram, halves[1].gram), len(batches), observe)
+
+    def _elementwise(self, ahead: Ahead) -> ort.InferenceSession:
+        """What lies between the outputs of sites and the hidden activation, as a model."""
+        dtype, rank = self._float.kind(ahead.hidden)
+        kind = ir.DataType.from_numpy(dtype), rank
+        model = extract_part(
+            self.model, dict.fromkeys(ahead.outputs.values(), kind), [ahead.hidden]
+        )
+        path = self.folder / "elementwise.onnx"
+        save_model(model, path)
+        return open_session(path)
 
     def _bias(self, name: str) -> Array:
         site = self.census.site(name)

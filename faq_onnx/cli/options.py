@@ -104,6 +104,7 @@ ROUNDING = Group(
         "rounding.shrinkage": ("--shrinkage",),
         "rounding.attention_aware": ("--attention-aware", "--no-attention-aware"),
         "rounding.correct": ("--correct", "--no-correct"),
+        "rounding.look_ahead": ("--look-ahead", "--no-look-ahead"),
     },
 )
 VERIFICATION = Group(

@@ -15,6 +15,7 @@ from faq_onnx.artifacts.sites import LinearSite, ScaleGroup
 from faq_onnx.artifacts.stats import CalibrationStats
 from faq_onnx.artifacts.verification import SiteError
 from faq_onnx.artifacts.weights import WeightStore
+from faq_onnx.calibration.ahead import LookAhead
 from faq_onnx.calibration.attention import AttentionMoments
 from faq_onnx.calibration.paired import PairedWalk
 from faq_onnx.calibration.paired_moments import PairedMoments
@@ -129,31 +130,36 @@ class _Bench:
         judged = {name for name, plan in self.plans.items() if looks_at_activations(plan)}
         groups = [g.name for g in self.opened.census.groups if judged & set(g.sites)]
         aware = self.planned.plan.rounding.attention_aware
-        walk = PairedWalk(self.opened.model, self.opened.census, folder, aware)
+        ahead = self.planned.plan.look_ahead
+        walk = PairedWalk(self.opened.model, self.opened.census, folder, aware, ahead)
         walk.run(windows, groups, self._solve, progress)
 
     def _solve(
-        self, group: ScaleGroup, halves: tuple[PairedMoments, PairedMoments]
+        self,
+        group: ScaleGroup,
+        halves: tuple[PairedMoments, PairedMoments],
+        look: LookAhead | None,
     ) -> Mapping[str, npt.NDArray[np.float32]]:
         """Quantize the sites of one group; what the low-bit path goes on with."""
         rounding = self.planned.plan.rounding
         seen = PairedMoments.mean(halves)
         moments = SiteMoments.of_text(seen.gram, seen.tokens, rounding.shrinkage)
-        targets = _Targets(halves) if rounding.correct else None
+        plans = {name: self.plans[name] for name in group.sites if name in self.plans}
+        weights = {name: self.opened.read(self.opened.census.site(name)) for name in plans}
+        targets: dict[str, npt.NDArray[np.float32]] = {}
+        if rounding.correct:
+            wished = _Targets(halves)
+            judged = [name for name, plan in plans.items() if looks_at_activations(plan)]
+            targets = {name: wished.of(name, weights[name]) for name in judged}
+            if look is not None and targets:
+                targets = dict(look(targets))
         found = {}
-        for name in group.sites:
-            plan = self.plans.get(name)
-            if plan is None:
-                continue
-            weight = self.opened.read(self.opened.census.site(name))
-            target = None
-            if targets is not None and looks_at_activations(plan):
-                target = targets.of(name, weight)
+        for name, plan in plans.items():
             result = quantize_weight(
-                weight,
+                weights[name],
                 plan,
                 self._by_head(name, seen.attention) or moments,
-                target=target,
+                target=targets.get(name),
                 row_metric=seen.attention.rows.get(name),
                 scale_dtype=scale_dtype_of(self.opened.census.site(name).dtype),
                 workers=thread_count(),

@@ -29,6 +29,7 @@ from faq_onnx.artifacts.sites import (
     Tie,
     WeightLayout,
 )
+from faq_onnx.calibration.ahead import LookAhead
 from faq_onnx.calibration.paired import PairedWalk
 from faq_onnx.calibration.paired_moments import Halves, PairedMoments
 from faq_onnx.cli.main import main
@@ -420,7 +421,7 @@ def test_paired_walk_reaches_all_groups_and_sees_attention(
     inputs: set[str] = set()
     reached: list[str] = []
 
-    def solve(group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+    def solve(group: ScaleGroup, halves: Halves, _look: LookAhead | None) -> dict[str, Array]:
         reached.append(group.name)
         attention = halves[0].attention
         rows.update(attention.rows)
@@ -454,7 +455,7 @@ def test_paired_walk_sees_the_residual_stream(fixture: Fixture, tmp_path: Path) 
     walk = PairedWalk(model, census, tmp_path)
     seen: dict[str, float] = {}
 
-    def solve(_group: ScaleGroup, halves: Halves) -> dict[str, Array]:
+    def solve(_group: ScaleGroup, halves: Halves, _look: LookAhead | None) -> dict[str, Array]:
         moments = PairedMoments.mean(halves)
         for name, residual in moments.residual.items():
             expected = read_weight(model, census.site(name)) @ moments.gram

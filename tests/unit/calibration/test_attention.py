@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from faq_onnx.artifacts.sites import GroupRole, LinearRole, LinearSite, ScaleGroup
+from faq_onnx.calibration.ahead import LookAhead
 from faq_onnx.calibration.attention import attention_sites
 from faq_onnx.calibration.paired import PairedWalk
 from faq_onnx.calibration.paired_moments import Halves, PairedMoments
@@ -38,7 +39,7 @@ def _seen(spec: TinyLlama, folder: Path, *, aware: bool = True) -> dict[str, Pai
     model, census = tiny_llama_onnx(spec), tiny_llama_census(spec)
     found = {}
 
-    def keep(group: ScaleGroup, halves: Halves) -> Mapping[str, Array]:
+    def keep(group: ScaleGroup, halves: Halves, _look: LookAhead | None) -> Mapping[str, Array]:
         found[group.name] = PairedMoments.mean(halves)
         return {}
 

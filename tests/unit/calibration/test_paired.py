@@ -16,6 +16,7 @@ import pytest
 
 from faq_onnx.artifacts.sites import LinearRole, ModelCensus, ScaleGroup, Tie
 from faq_onnx.calibration import batches as batches_module
+from faq_onnx.calibration.ahead import LookAhead
 from faq_onnx.calibration.paired import PairedWalk, Solve
 from faq_onnx.calibration.paired_moments import Halves, PairedMoments
 from faq_onnx.errors import CalibrationError, NonFiniteError
@@ -67,7 +68,9 @@ class _Solved:
         self.model, self.census, self.change = model, census, change
         self.moments: dict[str, PairedMoments] = {}
 
-    def __call__(self, group: ScaleGroup, halves: Halves) -> Mapping[str, Array]:
+    def __call__(
+        self, group: ScaleGroup, halves: Halves, _look: LookAhead | None = None
+    ) -> Mapping[str, Array]:
         assert group.name not in self.moments
         assert sum(half.tokens for half in halves) == IDS.size
         self.moments[group.name] = PairedMoments.mean(halves)
@@ -266,7 +269,7 @@ def test_a_site_that_is_not_solved_stays_float(tmp_path: Path) -> None:
     solved = _Solved(model, CENSUS, _perturbed)
     kept = {site.name for site in CENSUS.sites if site.role is LinearRole.GATE_PROJ}
 
-    def solve(group: ScaleGroup, halves: Halves) -> Mapping[str, Array]:
+    def solve(group: ScaleGroup, halves: Halves, _look: LookAhead | None) -> Mapping[str, Array]:
         weights = solved(group, halves)
         return {name: weight for name, weight in weights.items() if name not in kept}
 
@@ -288,7 +291,7 @@ def test_the_model_is_left_alone_and_nothing_is_kept(tmp_path: Path) -> None:
 def test_disk_holds_the_inputs_of_one_part(tmp_path: Path) -> None:
     counts = []
 
-    def solve(_group: ScaleGroup, _halves: Halves) -> Mapping[str, Array]:
+    def solve(_group: ScaleGroup, _halves: Halves, _look: LookAhead | None) -> Mapping[str, Array]:
         counts.append(len(list(tmp_path.rglob("*.run0.npy"))))
         return {}
 
@@ -300,7 +303,7 @@ def test_disk_holds_the_inputs_of_one_part(tmp_path: Path) -> None:
 def test_a_walk_again_in_the_same_folder_gives_the_same(tmp_path: Path) -> None:
     """After another one that stopped half way."""
 
-    def stop(group: ScaleGroup, _halves: Halves) -> Mapping[str, Array]:
+    def stop(group: ScaleGroup, _halves: Halves, _look: LookAhead | None) -> Mapping[str, Array]:
         if group.name == "layers.1.mlp_input":
             raise KeyboardInterrupt
         return {}

@@ -57,7 +57,7 @@ def test_method_settings() -> None:
         *("--faq-role", "mlp_input", "--faq-normalisation", "max"),
         *("--scales", "awq", "--grid-points", "10"),
         *("--grid", "minmax", "--rounding", "gptq", "--path", "low-bit", "--path-share", "0.25"),
-        *("--shrinkage", ".02", "--no-correct", "--attention-aware"),
+        *("--shrinkage", ".02", "--no-correct", "--attention-aware", "--look-ahead"),
         *("--no-share-heads", "--insert-mul", "--verify-samples", "3"),
     )
     assert config.faq.model_dump() == {
@@ -81,6 +81,7 @@ def test_method_settings() -> None:
         "shrinkage": 0.02,
         "attention_aware": True,
         "correct": False,
+        "look_ahead": True,
     }
     assert config.axes == Axes("awq", "minmax", "gptq", "low-bit")
     assert config.verify.samples == 3
