@@ -94,7 +94,7 @@ METHODS: Mapping[Method, Axes] = MappingProxyType(
 )
 
 
-SAMPLES = 256
+SAMPLES = 512
 SELF_SAMPLES = 128
 PATH_SHARE = 0.8  # a conversion then takes less than four times a pass over the text
 PATH_SHARES: Mapping[Method, float] = MappingProxyType({Method.BEST: 1.0})
@@ -112,8 +112,10 @@ class CalibrationConfig(_Section):
     token arrays.
     """
     samples: Annotated[int, Field(ge=1)] | None = None
-    """Number of calibration windows; fewer are faster. By default 256 of a text, which is used
+    """Number of calibration windows; fewer are faster. By default 512 of a text, which is used
     whole if it has fewer, and 128 where the model writes its own: writing takes time, too.
+    Unless this is set, no more than 157,184 tokens of them walk the low-bit path (all for best),
+    and methods that round against the float model look at no more than 131,072.
     """
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a window; no more are taken than the model's config.json allows."""
@@ -167,9 +169,9 @@ class RoundingConfig(_Section):
     """On the low-bit path, round q, k and v for what attention makes of their errors (BoA)."""
     correct: bool = True
     """On the low-bit path, let weights make up for the errors of the sites before them."""
-    look_ahead: bool | None = None
+    look_ahead: bool = False
     """On the low-bit path, let gate and up bring the residual stream back through down_proj, too.
-    By default where the channel scales look ahead as well (FAQ's).
+    Half as long again; helps where there is much text for the size of the model.
     """
 
 
@@ -266,12 +268,6 @@ class QuantizeConfig(_Section):
         """Share of the calibration windows that walks the low-bit path."""
         wish = self.rounding.path_share
         return PATH_SHARES.get(self.method, PATH_SHARE) if wish is None else wish
-
-    @property
-    def look_ahead(self) -> bool:
-        """Whether weights are corrected through the weight behind them."""
-        wish = self.rounding.look_ahead
-        return self.axes.scales == "faq" if wish is None else wish
 
     @property
     def axes(self) -> Axes:

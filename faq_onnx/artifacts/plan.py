@@ -129,8 +129,3 @@ class QuantPlan(Record):
     def rounding(self) -> RoundingConfig:
         """How codes are chosen; the defaults where somebody made the plan by hand."""
         return (self.config or QuantizeConfig()).rounding
-
-    @property
-    def look_ahead(self) -> bool:
-        """Whether weights are corrected through the weight behind them."""
-        return (self.config or QuantizeConfig()).look_ahead

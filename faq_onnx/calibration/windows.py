@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import PATH_SHARES, QuantizeConfig
 
 __all__ = ["path_windows", "scale_windows"]
 
@@ -15,6 +15,10 @@ __all__ = ["path_windows", "scale_windows"]
 SCALE_TOKENS = 16_384
 # The least for that walk: a share of a small corpus would be too few.
 LEAST_PATH_TOKENS = 16_384
+# The most that is looked at where nobody says how much: of a longer text as many windows, evenly
+# spaced.
+MOST_PATH_TOKENS = 157_184
+MOST_FLOAT_TOKENS = 131_072
 
 Windows = npt.NDArray[np.int64]
 
@@ -22,8 +26,9 @@ Windows = npt.NDArray[np.int64]
 def scale_windows(config: QuantizeConfig, windows: Windows) -> Windows:
     """The calibration windows whose statistics the channel scales are chosen by.
 
-    All of them where grids and rounding look at the same statistics. Where these walk the low-bit
-    path, the scales' exponents need far fewer tokens than a rounding does.
+    All of them, or by default as many as give enough tokens, where grids and rounding look at the
+    same statistics. Where these walk the low-bit path, the scales' exponents need far fewer
+    tokens than a rounding does.
 
     Args:
         config: Tells whether rounding walks the low-bit path.
@@ -33,7 +38,8 @@ def scale_windows(config: QuantizeConfig, windows: Windows) -> Windows:
         Some of the windows, evenly spaced.
     """
     if config.axes.path == "float":
-        return windows
+        asked = config.calibration.samples is not None
+        return windows if asked else _spread(windows, _enough(windows, MOST_FLOAT_TOKENS))
     return _spread(windows, _enough(windows, SCALE_TOKENS))
 
 
@@ -47,6 +53,9 @@ def path_windows(config: QuantizeConfig, windows: Windows) -> Windows | None:
     if config.axes.path == "float" or not config.axes.calibrates:
         return None
     share = round(config.path_share * len(windows))
+    asked = config.calibration.samples is not None or config.rounding.path_share is not None
+    if not asked and config.method not in PATH_SHARES:
+        share = min(share, _enough(windows, MOST_PATH_TOKENS))
     return _spread(windows, max(share, _enough(windows, LEAST_PATH_TOKENS)))
 
 

@@ -129,9 +129,14 @@ class _Bench:
         """Quantize the sites whose rounding looks at activations, on the low-bit path."""
         judged = {name for name, plan in self.plans.items() if looks_at_activations(plan)}
         groups = [g.name for g in self.opened.census.groups if judged & set(g.sites)]
-        aware = self.planned.plan.rounding.attention_aware
-        ahead = self.planned.plan.look_ahead
-        walk = PairedWalk(self.opened.model, self.opened.census, folder, aware, ahead)
+        rounding = self.planned.plan.rounding
+        walk = PairedWalk(
+            self.opened.model,
+            self.opened.census,
+            folder,
+            rounding.attention_aware,
+            rounding.look_ahead,
+        )
         walk.run(windows, groups, self._solve, progress)
 
     def _solve(

@@ -580,6 +580,7 @@ def test_settings_of_the_low_bit_path_change_the_result(
         "float path": ("--path", "float"),
         "no correction": ("--no-correct",),
         "attention in view": ("--attention-aware",),
+        "looking ahead": ("--look-ahead",),
         "more shrinkage": ("--shrinkage", "0.5"),
         "clipped": ("--grid", "clip"),
         "nearest": ("--rounding", "nearest"),

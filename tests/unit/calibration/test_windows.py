@@ -33,9 +33,34 @@ def test_windows_for_scales_and_for_the_walk(
 
 
 @pytest.mark.parametrize(
+    ("config", "scales", "walk"),
+    [
+        (QuantizeConfig(method=Method.AWQ), 256, None),
+        (QuantizeConfig(), 32, 307),
+        (QuantizeConfig(method=Method.BEST), 32, 512),
+        (QuantizeConfig(rounding=RoundingConfig(path_share=0.8)), 32, 410),
+        (QuantizeConfig(calibration=CalibrationConfig(samples=512)), 32, 410),
+        (
+            QuantizeConfig(method=Method.AWQ, calibration=CalibrationConfig(samples=512)),
+            512,
+            None,
+        ),
+    ],
+    ids=["awq", "default", "best", "share asked for", "windows asked for", "awq, asked for"],
+)
+def test_of_a_long_text_no_more_than_helps_unless_asked(
+    config: QuantizeConfig, scales: int, walk: int | None
+) -> None:
+    windows = np.zeros((512, 512), np.int64)
+    assert len(scale_windows(config, windows)) == scales
+    found = path_windows(config, windows)
+    assert (None if found is None else len(found)) == walk
+
+
+@pytest.mark.parametrize(
     ("data", "count"),
     [
-        (CalibrationConfig(source="notes.txt"), 256),
+        (CalibrationConfig(source="notes.txt"), 512),
         (CalibrationConfig(), 128),
         (CalibrationConfig(source="notes.txt", samples=5), 5),
         (CalibrationConfig(samples=300), 300),
