@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from work import work_folder
+
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.config import CalibrationConfig
@@ -46,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.forward:
         return _forward(args)
     own = [sys.executable, __file__, args.model, "--forward", *_corpus(args)]
+    own += [] if args.pass_windows is None else ["--pass-windows", str(args.pass_windows)]
     runs = [_measure("forward", own)]
     reports = {}
-    with tempfile.TemporaryDirectory(prefix="bench-convert-") as folder:
+    with work_folder(args.keep) as folder:
         for method in args.methods:
-            out = Path(folder) / method
+            out = folder / method
             runs.append(_measure(method, _convert(args, method, out)))
             reports[method] = RunReport.load(out / "report.json")
     runs.append(_measure("forward again", own))
@@ -65,11 +68,9 @@ def _convert(args: argparse.Namespace, method: str, out: Path) -> list[str]:
 
 
 def _corpus(args: argparse.Namespace) -> list[str]:
-    return [
-        *("--calibration", args.calibration),
-        *("--samples", str(args.samples)),
-        *("--sequence-length", str(args.sequence_length)),
-    ]
+    asked = [] if args.samples is None else ["--samples", str(args.samples)]
+    length = ["--sequence-length", str(args.sequence_length)]
+    return ["--calibration", args.calibration, *asked, *length]
 
 
 def _forward(args: argparse.Namespace) -> int:
@@ -86,17 +87,18 @@ def _forward(args: argparse.Namespace) -> int:
         config,
         source=source,
         vocabulary=VOCABULARY,
-        count=args.samples,
+        count=config.count,
         holdout=0,
         progress=SILENT,
     )
-    windows = corpus.calibration
+    windows = corpus.calibration[: args.pass_windows]
+    share = len(windows) / len(corpus.calibration)
     session = ort.InferenceSession(str(source.onnx_path), providers=["CPUExecutionProvider"])
     start = time.perf_counter()
     for first in range(0, len(windows), WINDOWS_AT_A_TIME):
         ids = windows[first : first + WINDOWS_AT_A_TIME]
         session.run(["logits"], decoder_feeds(session.get_inputs(), ids))
-    print(json.dumps({"run_s": time.perf_counter() - start, "tokens": int(windows.size)}))
+    print(json.dumps({"run_s": (time.perf_counter() - start) / share}))
     return 0
 
 
@@ -136,9 +138,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument(
+        "--samples", type=int, help="windows; left out, as many as convert takes of itself"
+    )
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["rtn", "awq", "faq"])
+    parser.add_argument(
+        "--pass-windows",
+        type=int,
+        metavar="N",
+        help="run the plain pass over the first N windows and scale it up to all of them",
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the packages here")
     parser.add_argument("--forward", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for convert")
     return parser.parse_args(argv)
