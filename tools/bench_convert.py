@@ -1,6 +1,6 @@
 """Time and memory of a whole conversion, in units of one plain float32 forward pass.
 
-    python tools/bench_convert.py MODEL --calibration c4-train.txt
+    python tools/bench_convert.py MODEL --calibration c4-train.txt --samples 128
 
 runs, each in a process of its own and one after the other: onnxruntime over the same calibration
 tokens with the float32 model as it is (4 windows at a time, default session settings), then
@@ -139,7 +139,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument(
-        "--samples", type=int, help="windows; left out, as many as convert takes of itself"
+        "--samples",
+        type=int,
+        help="windows; left out, as many as convert takes of itself of a text that is long enough",
     )
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["rtn", "awq", "faq"])
