@@ -96,6 +96,7 @@ METHODS: Mapping[Method, Axes] = MappingProxyType(
 
 SAMPLES = 512
 SELF_SAMPLES = 128
+SAME_SIZE = "same"  # a budget: what the same settings take without one
 PATH_SHARE = 0.8  # a conversion then takes less than four times a pass over the text
 PATH_SHARES: Mapping[Method, float] = MappingProxyType({Method.BEST: 1.0})
 
@@ -228,9 +229,10 @@ class QuantizeConfig(_Section):
     wants them; other weights keep floats.
     """
     budget: str | None = None
-    """Mix 2, 4 and 8 bits and block sizes by measured sensitivity: 3.0bpw (bits per weight), 80MB
-    (of model.onnx) or kl<=0.05; head and embedding take part unless told to keep, and `bits` and
-    `block_size` hold only where nothing can be measured.
+    """Mix 2, 4 and 8 bits and block sizes by measured sensitivity: same (as large as without a
+    budget), 3.0bpw (bits per weight), 80MB (of model.onnx) or kl<=0.05; head and embedding take
+    part unless told to keep, and `bits` and `block_size` name the size for same, and hold only
+    where nothing can be measured.
     """
     lm_head: Literal["keep", "4", "8", "same"] = "8"
     """Bits of the output head: float, 4, 8, or as every other weight."""
@@ -269,6 +271,11 @@ class QuantizeConfig(_Section):
         """Share of the calibration windows that walks the low-bit path."""
         wish = self.rounding.path_share
         return PATH_SHARES.get(self.method, PATH_SHARE) if wish is None else wish
+
+    @property
+    def same_size(self) -> bool:
+        """Whether the budget is the size of the formats that `bits` and its kind name."""
+        return self.budget is not None and self.budget.strip().lower() == SAME_SIZE
 
     @property
     def axes(self) -> Axes:

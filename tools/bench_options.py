@@ -5,7 +5,8 @@ A METHOD is a name of `faq-onnx convert --method` with settings behind it, in on
     awq    faq-gptq    "faq-gptq scale.statistic=awq"    "best rounding.correct=false faq.window=2"
 
 A FORMAT is 4b32 (4 bits, blocks of 32), 4b32s (the same without zero points), or a budget that
-mixes bits: 3.0bpw, 80MB, kl<=0.05. Budgets measure sensitivities first: once, some minutes.
+mixes bits: 3.0bpw, 80MB, kl<=0.05. A METHOD with budget=same mixes bits in the size of its FORMAT.
+Budgets measure sensitivities first: once, some minutes.
 """
 
 from __future__ import annotations

@@ -11,14 +11,13 @@ looks at each layer alone, too: the error of a weight's output, relative to that
 
 Candidates, sizes, rounding and channel scales are the same, and both see the same statistics;
 only the weight of each error differs. For a uniform format (4b32) its own row comes first, and the
-budget is what it takes. Differences are paired over the evaluation windows.
+budget is its size. Differences are paired over the evaluation windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 
 import bench_options
 import numpy as np
@@ -29,6 +28,7 @@ from quality import Bench
 
 from faq_onnx.artifacts.sensitivity import Sensitivities, Sensitivity
 from faq_onnx.artifacts.stats import CalibrationStats
+from faq_onnx.config import QuantizeConfig
 from faq_onnx.quant.objective import output_energy
 
 Tokens = npt.NDArray[np.int64]
@@ -73,22 +73,20 @@ def main(argv: list[str] | None = None) -> int:
         near = OwnOutputs(bench.opened, bench.work, bench.progress)
         for fmt in args.formats:
             rows: list[Figure] = []
-            budget = fmt
-            if bench_options.make_config(args.method, fmt, args).budget is None:
-                rows.append(_measure(bench, "the same everywhere", fmt, args))
+            budget = bench_options.make_config(args.method, fmt, args)
+            if budget.budget is None:
+                rows.append(_measure(bench, f"the same everywhere, {fmt}", budget, args))
                 _report(rows, args, fmt)
-                assert rows[0].bits_per_weight is not None
-                budget = f"{math.floor(rows[0].bits_per_weight * 100) / 100:.2f}bpw"
+                budget = budget.model_copy(update={"budget": "same"})
             for view, statistics in (("own output", near), ("logits", bench.statistics)):
                 one = dataclasses.replace(bench, statistics=statistics)
-                rows.append(_measure(one, view, budget, args))
+                rows.append(_measure(one, f"{view}, {fmt}", budget, args))
                 _report(rows, args, fmt)
     return 0
 
 
-def _measure(bench: Bench, name: str, fmt: str, args: argparse.Namespace) -> Figure:
-    config = bench_options.make_config(args.method, fmt, args)
-    (figure,) = bench.measure(f"{name}, {fmt}", config, (args.level,))
+def _measure(bench: Bench, name: str, config: QuantizeConfig, args: argparse.Namespace) -> Figure:
+    (figure,) = bench.measure(name, config, (args.level,))
     return figure
 
 

@@ -21,8 +21,9 @@ examples:
       AWQ, calibrated on your own text
   faq-onnx convert model/ -o out/ --bits 3 --block-size 64
       3-bit codes in 4-bit storage: the file is as large as with 4 bits
-  faq-onnx convert model/ -o out/ --budget 3.0bpw
-      2, 4 and 8 bits, more where the logits need them; or --budget 80MB, --budget 'kl<=0.05'
+  faq-onnx convert model/ -o out/ --budget same
+      2, 4 and 8 bits, more where the logits need them, in the size that 4 bits would take;
+      or --budget 3.0bpw, --budget 80MB, --budget 'kl<=0.05'
   faq-onnx convert model/ -o out/ --exclude '*down_proj*' --lm-head keep
       some layers stay float
   faq-onnx convert model/ --dry-run

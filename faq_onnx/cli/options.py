@@ -293,7 +293,7 @@ def _metavar(field: FieldInfo, *, many: bool) -> str:
         return "|".join(choices)
     if many:
         return "PATTERN"
-    names: dict[object, str] = {int: "N", float: "X", str | None: "3.0bpw|80MB|kl<=0.05"}
+    names: dict[object, str] = {int: "N", float: "X", str | None: "same|3.0bpw|80MB|kl<=0.05"}
     return names.get(field.annotation) or names.get(_optional(field.annotation), "WHERE")
 
 

@@ -15,11 +15,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
+from faq_onnx.config import SAME_SIZE
 from faq_onnx.errors import ConfigError, PlanError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "BudgetKind",
     "Candidate",
     "CurvePoint",
+    "SameSize",
     "allocate",
     "check_size",
     "parse_budget",
@@ -59,18 +62,55 @@ class Budget:
     Attributes:
         kind: What is limited.
         limit: Bits per weight, bytes, or nats per token; above 0.
+        wish: The words that this size was found from, "" where it is the wish itself.
     """
 
     kind: BudgetKind
     limit: float
+    wish: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `3.0bpw`, `80MB` (kB, MB, GB: powers of 1000; KiB, MiB, GiB), `kl<=0.05`.
+
+        Raises:
+            ConfigError: Anything else, or a limit of 0.
+        """
+        wish = text.strip()
+        size, kl = _SIZE.fullmatch(wish), _KL.fullmatch(wish)
+        found = size or kl
+        number = float(f"{found[1]}e{found[2] or 0}") if found else 0.0
+        if found is None or not 0 < number < math.inf:
+            msg = (
+                f"--budget {text!r} is not a budget above 0; give bits per weight (3.0bpw), a "
+                "size (80MB, 1.5GB, 64MiB), the largest KL divergence (kl<=0.05), or same: as "
+                "large as without a budget"
+            )
+            raise ConfigError(msg)
+        if size is None:
+            return cls(BudgetKind.KL, number)
+        unit = size[3].lower()
+        if unit == "bpw":
+            return cls(BudgetKind.BITS_PER_WEIGHT, number)
+        return cls(BudgetKind.BYTES, number * _UNITS[unit])
+
+    def __str__(self) -> str:
+        """As `parse` reads it; a size that was found, behind its wish."""
+        shown = {
+            BudgetKind.BITS_PER_WEIGHT: f"{self.limit:g}bpw",
+            BudgetKind.BYTES: f"{self.limit / 1e6:g}MB",
+            BudgetKind.KL: f"kl<={self.limit:g}",
+        }[self.kind]
+        return f"{self.wish} ({shown})" if self.wish else shown
+
+
+@dataclasses.dataclass(frozen=True)
+class SameSize:
+    """As large as the same settings without a budget; `FormatCandidates.limit` knows how large."""
 
     def __str__(self) -> str:
         """As `parse_budget` reads it."""
-        if self.kind is BudgetKind.BITS_PER_WEIGHT:
-            return f"{self.limit:g}bpw"
-        if self.kind is BudgetKind.BYTES:
-            return f"{self.limit / 1e6:g}MB"
-        return f"kl<={self.limit:g}"
+        return SAME_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,28 +173,13 @@ class Allocation:
     curve: tuple[CurvePoint, ...]
 
 
-def parse_budget(text: str) -> Budget:
-    """Read `3.0bpw`, `80MB` (kB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024), `kl<=0.05`.
+def parse_budget(text: str) -> Budget | SameSize:
+    """Read `same`, or what `Budget.parse` reads.
 
     Raises:
         ConfigError: Anything else, or a limit of 0.
     """
-    wish = text.strip()
-    size, kl = _SIZE.fullmatch(wish), _KL.fullmatch(wish)
-    found = size or kl
-    number = float(f"{found[1]}e{found[2] or 0}") if found else 0.0
-    if found is None or not 0 < number < math.inf:
-        msg = (
-            f"--budget {text!r} is not a budget above 0; give bits per weight (3.0bpw), a size "
-            "(80MB, 1.5GB, 64MiB) or the largest KL divergence (kl<=0.05)"
-        )
-        raise ConfigError(msg)
-    if size is None:
-        return Budget(BudgetKind.KL, number)
-    unit = size[3].lower()
-    if unit == "bpw":
-        return Budget(BudgetKind.BITS_PER_WEIGHT, number)
-    return Budget(BudgetKind.BYTES, number * _UNITS[unit])
+    return SameSize() if text.strip().lower() == SAME_SIZE else Budget.parse(text)
 
 
 def scale_dtype_of(dtype: str) -> npt.DTypeLike:

@@ -12,8 +12,8 @@ from faq_onnx.artifacts.plan import BlockFormat, EmbeddingPlan, SitePlan
 from faq_onnx.artifacts.sites import EmbeddingSite, LinearSite, ModelCensus
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.config import QuantizeConfig
-from faq_onnx.planning.budget import scale_bytes_of
-from faq_onnx.planning.formats import plan_sites
+from faq_onnx.planning.budget import Budget, BudgetKind, SameSize, scale_bytes_of
+from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.quant.formats import BLOCK_SIZES, block_format, check_embedding_format
 
 __all__ = ["FORMATS", "FormatCandidates", "Judge", "run_anywhere"]
@@ -109,28 +109,39 @@ class FormatCandidates:
             for name, plans in self.of_sites.items()
         }
         for name, formats in self.of_tables.items():
-            table = self._tables[name]
-            shape = (table.rows, table.width, scale_bytes_of(table.dtype))
-            found[name] = [fmt.weight_bytes(*shape) for fmt in formats]
+            found[name] = [self._table_bytes(self._tables[name], fmt) for fmt in formats]
         return found
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
-        """Size of weights that do not compete; an initializer that several read counts once."""
-        sizes: dict[str, int] = {}
-        plans = {plan.site: plan for plan in plan_sites(self.census, self.config)}
-        for site in self.census.sites:
-            if site.name in self.of_sites:
-                continue
-            if plans[site.name].format is None:
-                sizes[site.weight] = site.out_features * site.in_features * BYTES_OF[site.dtype]
-            else:
-                sizes[site.name] = self._site_bytes(plans[site.name])
+        """Size of weights that do not compete."""
         handed_on = {table.name for head, table in self.shared.items() if head in self.of_sites}
-        for table in self.census.embeddings:
-            if table.name not in self.of_tables.keys() | handed_on:
-                sizes[table.weight] = table.rows * table.width * BYTES_OF[table.dtype]
-        return sum(sizes.values())
+        competing = self.of_sites.keys() | self.of_tables.keys() | handed_on
+        plans = plan_sites(self.census, self.config)
+        return self._stored_bytes(
+            [plan for plan in plans if plan.site not in competing],
+            {table.name: None for table in self.census.embeddings if table.name not in competing},
+        )
+
+    @functools.cached_property
+    def bytes_without_budget(self) -> int:
+        """Size of all weights in the formats that the settings name."""
+        sites = plan_sites(self.census, self.config)
+        tables = plan_embeddings(self.census, self.config, sites)
+        own = {plan.embedding: plan.format for plan in tables if plan.shared_with is None}
+        return self._stored_bytes(sites, own)
+
+    def limit(self, wish: Budget | SameSize, other_bytes: int) -> Budget:
+        """The budget; the same size as that of the file that the settings make without one.
+
+        Args:
+            wish: What was asked for.
+            other_bytes: Of the file that are not weights of sites or embeddings.
+        """
+        if isinstance(wish, Budget):
+            return wish
+        size = other_bytes + self.bytes_without_budget
+        return Budget(BudgetKind.BYTES, size, wish=str(wish))
 
     def smallest(self) -> dict[str, BlockFormat]:
         """The smallest format by name; for a weight that the judge leaves none, one it refuses."""
@@ -231,6 +242,29 @@ class FormatCandidates:
         table = self.shared.get(plan.site)
         found = self.judge(self._sites[plan.site], plan.format)
         return found if found or table is None else self.judge(table, plan.format)
+
+    def _stored_bytes(
+        self, sites: Iterable[SitePlan], tables: Mapping[str, BlockFormat | None]
+    ) -> int:
+        """Size of these weights; a float initializer that several read counts once."""
+        sizes: dict[str, int] = {}
+        for plan in sites:
+            site = self._sites[plan.site]
+            if plan.format is None:
+                sizes[site.weight] = site.out_features * site.in_features * BYTES_OF[site.dtype]
+            else:
+                sizes[site.name] = self._site_bytes(plan)
+        for name, fmt in tables.items():
+            table = self._tables[name]
+            if fmt is None:
+                sizes[table.weight] = table.rows * table.width * BYTES_OF[table.dtype]
+            else:
+                sizes[name] = self._table_bytes(table, fmt)
+        return sum(sizes.values())
+
+    @staticmethod
+    def _table_bytes(table: EmbeddingSite, fmt: BlockFormat) -> int:
+        return fmt.weight_bytes(table.rows, table.width, scale_bytes_of(table.dtype))
 
     def _site_bytes(self, plan: SitePlan) -> int:
         site = self._sites[plan.site]

@@ -25,8 +25,8 @@ from faq_onnx.planning.budget import (
     BudgetItem,
     BudgetKind,
     CurvePoint,
+    SameSize,
     allocate,
-    parse_budget,
 )
 from faq_onnx.planning.candidates import FORMATS, FormatCandidates, Judge, run_anywhere
 from faq_onnx.planning.prediction import KLPredictor, ReadTable, ReadWeight
@@ -48,12 +48,14 @@ class MixedFormats:
     Attributes:
         sites: One plan per site, in census order.
         embeddings: One plan per embedding, in census order.
+        budget: The limit that was kept; a size where the wish was `same`.
         allocation: The choice and the whole trade-off curve, for printing.
         fixed_bytes: Of all that does not compete, which a size budget includes.
     """
 
     sites: tuple[SitePlan, ...]
     embeddings: tuple[EmbeddingPlan, ...]
+    budget: Budget
     allocation: Allocation
     fixed_bytes: int
 
@@ -64,7 +66,8 @@ class MixedPlanner:
 
     Attributes:
         census: Of the model.
-        config: The wish. `bits` and `block_size` hold only for weights that have no sensitivity;
+        config: The wish. `bits` and `block_size` hold only for weights that have no sensitivity,
+            and for the size of the budget `same`;
             `lm_head` keep leaves the head float, every other value lets it compete; an embedding
             competes as auto, shared, or with the bits that are named.
         stats: Gram matrices.
@@ -86,7 +89,7 @@ class MixedPlanner:
     other_bytes: int = 0
     judge: Judge = run_anywhere
 
-    def choose(self, budget: Budget, progress: Progress = SILENT) -> MixedFormats:
+    def choose(self, wish: Budget | SameSize, progress: Progress = SILENT) -> MixedFormats:
         """Spread the budget.
 
         Raises:
@@ -97,10 +100,15 @@ class MixedPlanner:
         candidates = FormatCandidates(self.census, self.config, measured, self.formats, self.judge)
         items = self._predict(candidates, progress)
         fixed = self.other_bytes + candidates.fixed_bytes
+        budget = candidates.limit(wish, self.other_bytes)
         allocation = allocate(items, _with_margin(budget, items), fixed)
         chosen = {name: candidate.format for name, candidate in allocation.choice.items()}
         return MixedFormats(
-            candidates.site_plans(chosen), candidates.table_plans(chosen), allocation, fixed
+            candidates.site_plans(chosen),
+            candidates.table_plans(chosen),
+            budget,
+            allocation,
+            fixed,
         )
 
     def _predict(self, candidates: FormatCandidates, progress: Progress) -> list[BudgetItem]:
@@ -140,7 +148,7 @@ def _with_margin(budget: Budget, items: Sequence[BudgetItem]) -> Budget:
 
 def describe_trade_off(wish: str, found: MixedFormats) -> TradeOff:
     """For the plan and the report: the choice, and points of the curve about evenly spaced."""
-    budget, allocation, fixed = parse_budget(wish), found.allocation, found.fixed_bytes
+    budget, allocation, fixed = found.budget, found.allocation, found.fixed_bytes
     curve = allocation.curve
     wanted = np.linspace(curve[0].bytes, curve[-1].bytes, CURVE_POINTS)
     sizes = np.asarray([point.bytes for point in curve])

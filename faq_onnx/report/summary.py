@@ -79,6 +79,8 @@ def _method_name(config: QuantizeConfig) -> str:
 
 
 def _width(config: QuantizeConfig) -> str:
+    if config.same_size:
+        return f"in the size of {config.bits}-bit"
     return f"{config.bits}-bit" if config.budget is None else f"under {config.budget}"
 
 
@@ -114,9 +116,11 @@ def _done(report: RunReport) -> str:
 
 def _formats(config: QuantizeConfig) -> str:
     scales = "" if config.block_scales == "float" else f", block scales in {config.block_scales}"
-    if config.budget is not None:
-        return f"2, 4 and 8 bits mixed under a budget of {config.budget}{scales}"
-    return f"{config.bits}-bit codes, blocks of {config.block_size}{scales}"
+    codes = f"{config.bits}-bit codes, blocks of {config.block_size}"
+    if config.budget is None:
+        return codes + scales
+    within = f"the size of {codes}" if config.same_size else f"a budget of {config.budget}"
+    return f"2, 4 and 8 bits mixed within {within}{scales}"
 
 
 def _head_format(config: QuantizeConfig) -> str:

@@ -50,7 +50,11 @@ def check_budget(config: QuantizeConfig) -> None:
     if config.budget is None:
         return
     budget = parse_budget(config.budget)
-    if budget.kind is BudgetKind.KL and budget.limit > config.verify.max_kl:
+    if (
+        isinstance(budget, Budget)
+        and budget.kind is BudgetKind.KL
+        and budget.limit > config.verify.max_kl
+    ):
         msg = (
             f"--budget {budget} allows more than --max-kl {config.verify.max_kl:g}, so its result "
             "would be refused; ask for less, or raise --max-kl"
@@ -63,7 +67,7 @@ class Outlook:
     """What a budget can buy, known before anything is measured.
 
     Attributes:
-        budget: The wish.
+        budget: The limit; `same` as a size.
         candidates: What competes.
         other_bytes: Of the file that are not weights of sites or embeddings.
     """
@@ -126,11 +130,14 @@ def look_ahead(opened: OpenedModel, config: QuantizeConfig, judge: Judge) -> Out
         judge: What it refuses does not compete.
     """
     assert config.budget is not None
-    census, budget = opened.census, parse_budget(config.budget)
+    census, wish = opened.census, parse_budget(config.budget)
     names = [site.name for site in census.sites if not site.in_subgraph]  # what can be measured
     names += [table.name for table in census.embeddings]
     candidates = FormatCandidates(census, config, frozenset(names), judge=judge)
-    return Outlook(budget, candidates, _other_bytes(opened, config, budget))
+    about = candidates.limit(wish, other_bytes=0)
+    large = about.kind is BudgetKind.BYTES and about.limit >= INLINE_LIMIT_BYTES
+    other_bytes = _other_bytes(opened, config, external=config.external_data or large)
+    return Outlook(candidates.limit(wish, other_bytes), candidates, other_bytes)
 
 
 def measure_sensitivity(
@@ -197,15 +204,14 @@ def plan_under_budget(
         progress,
         sensitivities=sensitivities,
         read_table=opened.read_table,
-        other_bytes=_other_bytes(opened, config, parse_budget(config.budget)),
+        other_bytes=look_ahead(opened, config, judge).other_bytes,
         judge=judge,
     )
 
 
-def _other_bytes(opened: OpenedModel, config: QuantizeConfig, budget: Budget) -> int:
+def _other_bytes(opened: OpenedModel, config: QuantizeConfig, *, external: bool) -> int:
     """Of the file that are not weights of sites or embeddings."""
-    large = budget.kind is BudgetKind.BYTES and budget.limit >= INLINE_LIMIT_BYTES
-    found = opened.other_bytes(config.block_scales, external=config.external_data or large)
+    found = opened.other_bytes(config.block_scales, external=external)
     if config.fuse_attention:
         found += rotary_table_bytes(opened.model, opened.source)
     return found

@@ -33,6 +33,12 @@ def _report(folder: Path) -> RunReport:
     return RunReport.load(folder / "report.json")
 
 
+def _kl(report: RunReport) -> float:
+    assert report.verification is not None
+    assert report.verification.logits is not None
+    return report.verification.logits.kl_nats
+
+
 def _bits(report: RunReport) -> set[int | None]:
     return {row.code_bits for row in report.sites}
 
@@ -60,6 +66,31 @@ def test_bits_per_weight(cli: Any, source: Path, tmp_path: Path) -> None:
     assert "## Budget 4.6bpw" in summary
     assert "| **chosen** |" in summary
     assert "nats/token." in summary
+
+
+@pytest.mark.parametrize("tie", [Tie.SHARED, pytest.param(Tie.DUPLICATE, marks=pytest.mark.slow)])
+def test_the_same_size_without_a_number(
+    cli: Any, make_source: MakeSource, tmp_path: Path, tie: Tie
+) -> None:
+    source = make_source(TinyLlama(tie=tie))
+    plain, mixed = tmp_path / "plain", tmp_path / "mixed"
+    words = ("--method", "rtn", "--bits", "3", "--block-size", "64")
+    assert cli.quick("convert", source, "-o", plain, *words).code == 0
+    done = cli.quick("convert", source, "-o", mixed, *words, "--budget", "same")
+    assert done.code == 0, done.err
+    assert "<- same" in done.out
+    assert "NOT kept" not in done.out
+    before, after = _report(plain), _report(mixed)
+    assert after.trade_off is not None
+    assert after.totals.output_bytes <= after.trade_off.limit
+    # weights alone; zero points that are left out have no names in the file either
+    assert after.totals.bits_per_weight <= before.totals.bits_per_weight
+    assert after.totals.output_bytes <= before.totals.output_bytes + 500 * len(after.sites)
+    assert _kl(after) < _kl(before)
+    summary = (mixed / "summary.md").read_text(encoding="utf-8")
+    assert summary.splitlines()[0].endswith("RTN in the size of 3-bit")
+    assert "mixed within the size of 3-bit codes, blocks of 64" in summary
+    assert "## Budget same" in summary
 
 
 SLOW_TIES = [pytest.param(tie, marks=pytest.mark.slow) for tie in Tie]

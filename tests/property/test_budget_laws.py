@@ -21,7 +21,6 @@ from faq_onnx.planning.budget import (
     BudgetKind,
     Candidate,
     allocate,
-    parse_budget,
 )
 from faq_onnx.quant.formats import BLOCK_SIZES, CODE_BITS, block_format
 from faq_onnx.quant.uniform import quantize_rtn
@@ -156,7 +155,7 @@ def test_the_smallest_value_in_the_message_can_be_met(
     except PlanError as error:
         shown = re.search(r"value is (\S+)", str(error))
         assert shown is not None
-        allocate(items, parse_budget(shown[1]))
+        allocate(items, Budget.parse(shown[1]))
 
 
 @FEW

@@ -10,6 +10,7 @@ from faq_onnx.planning.budget import (
     BudgetItem,
     BudgetKind,
     Candidate,
+    SameSize,
     allocate,
     parse_budget,
 )
@@ -32,7 +33,7 @@ from faq_onnx.planning.budget import (
 def test_budgets_are_read(text: str, kind: BudgetKind, limit: float) -> None:
     budget = parse_budget(text)
     assert budget == Budget(kind, limit)
-    again = parse_budget(str(budget))
+    again = Budget.parse(str(budget))
     assert again.kind is kind
     assert again.limit == pytest.approx(limit, rel=1e-5)  # six digits are shown
 
@@ -43,8 +44,20 @@ def test_budgets_are_read(text: str, kind: BudgetKind, limit: float) -> None:
 def test_anything_else_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_budget(text)
-    for part in (repr(text), "3.0bpw", "80MB", "kl<=0.05"):
+    for part in (repr(text), "3.0bpw", "80MB", "kl<=0.05", "same: as large as without a budget"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["same", " Same "])
+def test_the_same_size_is_a_wish_of_its_own(text: str) -> None:
+    assert parse_budget(text) == SameSize()
+    assert parse_budget(str(parse_budget(text))) == SameSize()
+
+
+def test_a_size_is_shown_behind_the_wish_that_it_was_found_from() -> None:
+    found = Budget(BudgetKind.BYTES, 5, wish="same")
+    with pytest.raises(PlanError, match=r"--budget same \(5e-06MB\) cannot be met"):
+        allocate(ITEMS, found, fixed_bytes=4)
 
 
 def _item(name: str, *candidates: tuple[int, float]) -> BudgetItem:
@@ -58,7 +71,7 @@ ITEMS = [
 
 
 def _sizes(budget: str) -> dict[str, int]:
-    return {name: c.bytes for name, c in allocate(ITEMS, parse_budget(budget)).choice.items()}
+    return {name: c.bytes for name, c in allocate(ITEMS, Budget.parse(budget)).choice.items()}
 
 
 def test_the_delicate_weight_gets_more_bits() -> None:
@@ -87,4 +100,4 @@ def test_what_is_left_is_filled() -> None:
 )
 def test_what_cannot_be_met_says_what_can(budget: str, shown: str) -> None:
     with pytest.raises(PlanError, match=rf"{budget[:3]}.*cannot be met.*{shown}|{shown}"):
-        allocate(ITEMS, parse_budget(budget))
+        allocate(ITEMS, Budget.parse(budget))

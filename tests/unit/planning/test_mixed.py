@@ -15,7 +15,7 @@ from faq_onnx.artifacts.target import Refusal
 from faq_onnx.config import Method, QuantizeConfig
 from faq_onnx.errors import PlanError
 from faq_onnx.graph.weights import read_initializer
-from faq_onnx.planning.budget import check_size, parse_budget
+from faq_onnx.planning.budget import Budget, check_size, parse_budget
 from faq_onnx.planning.candidates import FormatCandidates, Judge, Weight, run_anywhere
 from faq_onnx.planning.mixed import (
     CURVE_POINTS,
@@ -24,9 +24,11 @@ from faq_onnx.planning.mixed import (
     MixedPlanner,
     describe_trade_off,
 )
+from faq_onnx.planning.planner import make_plan
 from faq_onnx.planning.prediction import CoarseRounding
 from faq_onnx.quant.objective import output_energy
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
+from faq_onnx.report.rows import embedding_rows, site_rows
 from faq_onnx.testing import TinyLlama, tiny_llama_onnx
 
 Make = Callable[..., Any]
@@ -92,9 +94,49 @@ def test_bytes_are_those_of_the_plans_and_within_the_budget(planned: Make, budge
         weights += shapes[name][0] * shapes[name][1]
     assert total == found.allocation.total.bytes
     assert found.allocation.total.bpw == 8 * total / weights
-    limit = parse_budget(budget)
+    limit = Budget.parse(budget)
     assert (total if limit.kind == "bytes" else 8 * total / weights) <= limit.limit
     assert found.fixed_bytes == 0
+
+
+SAME_AS = [
+    {},
+    {"bits": 3, "block_size": 64},
+    {"bits": 2, "symmetric": True, "lm_head": "same"},
+    {"bits": 8, "block_size": 64, "embedding": "8"},
+    {"lm_head": "keep", "embedding": "keep", "exclude": ("*o_proj*",)},
+    {"block_scales": "8-bit", "lm_head": "4"},
+]
+
+
+@pytest.mark.parametrize("tie", [None, *Tie])
+@pytest.mark.parametrize("wish", SAME_AS, ids=lambda wish: "-".join(wish) or "defaults")
+def test_same_is_what_the_settings_take_without_a_budget(
+    planned: Make, wish: dict[str, object], tie: Tie | None
+) -> None:
+    inputs = planned(TinyLlama(tie=tie))
+    config = RTN.model_copy(update=wish)
+    plain = make_plan(inputs.census, config, None, inputs.read).plan
+    size = sum(row.size_bytes for row in site_rows(inputs.census, plain, {}))
+    size += sum(row.size_bytes for row in embedding_rows(inputs.census, plain))
+    shared_float = tie is Tie.SHARED and wish.get("lm_head") == "keep"  # one initializer, two rows
+    head = inputs.census.sites[-1]
+    size -= 4 * head.in_features * head.out_features if shared_float else 0
+    found = _choose(inputs, "same", config)
+    assert (found.budget.kind, found.budget.limit) == ("bytes", size)
+    assert found.fixed_bytes + found.allocation.total.bytes <= size
+    assert describe_trade_off("same", found).limit == size
+
+
+def test_the_same_size_is_better_spent(planned: Make) -> None:
+    """A weight that nothing depends on gives its bits to one that everything does."""
+    inputs = planned()
+    names = [site.name for site in inputs.census.sites]
+    errors = {name: 1e3 if at % 2 else 1e-9 for at, name in enumerate(names)}
+    found = _choose(inputs, "same", RTN.model_copy(update={"embedding": "keep"}), errors)
+    bits = [_format(found, name).code_bits for name in names]
+    assert set(bits[1::2]) == {8}
+    assert min(bits[0::2]) == 2
 
 
 def test_predicted_kl_is_sensitivity_times_output_error(planned: Make) -> None:
@@ -285,9 +327,9 @@ def test_sizes_are_known_before_anything_is_measured(planned: Make) -> None:
         assert smallest == found.allocation.curve[0].bytes
         assert 8 * smallest / candidates.weights == found.allocation.curve[0].bpw
         sizes = tuple(candidates.sizes.values())
-        check_size(parse_budget(f"{smallest / 1e3}kB"), sizes, candidates.weights)
+        check_size(Budget.parse(f"{smallest / 1e3}kB"), sizes, candidates.weights)
         with pytest.raises(PlanError, match="smallest possible value"):
-            check_size(parse_budget(f"{smallest / 1e3}kB"), sizes, candidates.weights, 1)
+            check_size(Budget.parse(f"{smallest / 1e3}kB"), sizes, candidates.weights, 1)
 
 
 def test_a_weight_without_a_legal_format_shows_what_is_refused(planned: Make) -> None:

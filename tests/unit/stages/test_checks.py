@@ -23,7 +23,7 @@ from faq_onnx.config import Method, QuantizeConfig, RoundingConfig, ScaleConfig,
 from faq_onnx.errors import VerificationError
 from faq_onnx.graph.weights import read_initializer, transform_initializer
 from faq_onnx.passes import FoldScalesPass, run_passes
-from faq_onnx.planning.budget import parse_budget
+from faq_onnx.planning.budget import Budget
 from faq_onnx.stages.checks import (
     budget_note,
     check_fold,
@@ -228,7 +228,7 @@ def test_a_fold_that_gives_nan_is_refused() -> None:
 
 
 def _trade_off(wish: str) -> TradeOff:
-    budget = parse_budget(wish)
+    budget = Budget.parse(wish)
     point = TradeOffPoint(bytes=4000, bits_per_weight=3.0, kl=0.04)
     return TradeOff(
         budget=wish,
