@@ -208,10 +208,10 @@ def _budget(report: RunReport) -> str:
     ]
     counted = count_formats((row.code_bits, row.block_size) for row in report.sites)
     counts = [f"| {number} | {name} |" for name, number in counted]
-    head = ["| file | bits per weight | predicted KL, nats/token | |", "|---|---|---|---|"]
+    titles = "| file, at most | bits per weight | predicted KL, nats/token | |"
     parts = [
         f"## Budget {trade_off.budget}",
-        "\n".join([*head, *points]),
+        "\n".join([titles, "|---|---|---|---|", *points]),
         "\n".join(["| linear layers | format |", "|---|---|", *counts]),
     ]
     logits = None if report.verification is None else report.verification.logits

@@ -189,7 +189,7 @@ def result_text(report: RunReport) -> str:
 def trade_off_text(trade_off: TradeOff, formats: Iterable[tuple[int | None, int | None]]) -> str:
     """What a budget could have bought, what it bought, and the (bits, block) of the sites."""
     points = render_table(
-        ("file", "bits per weight", "predicted KL", "budget"),
+        ("file, at most", "bits per weight", "predicted KL", "budget"),
         [
             (
                 format_bytes(point.bytes),
