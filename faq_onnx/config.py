@@ -208,6 +208,11 @@ class VerifyConfig(_Section):
     """Largest accepted KL divergence to the source model, nats/token."""
 
 
+def means_same_size(budget: str) -> bool:
+    """Whether a budget is the size that the same settings take without one."""
+    return budget.strip().lower() == SAME_SIZE
+
+
 class QuantizeConfig(_Section):
     """Everything that `faq-onnx convert` can be told; a recipe file holds the same keys."""
 
@@ -275,7 +280,7 @@ class QuantizeConfig(_Section):
     @property
     def same_size(self) -> bool:
         """Whether the budget is the size of the formats that `bits` and its kind name."""
-        return self.budget is not None and self.budget.strip().lower() == SAME_SIZE
+        return self.budget is not None and means_same_size(self.budget)
 
     @property
     def axes(self) -> Axes:

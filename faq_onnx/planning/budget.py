@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from faq_onnx.artifacts.plan import BlockFormat
-from faq_onnx.config import SAME_SIZE
+from faq_onnx.config import SAME_SIZE, means_same_size
 from faq_onnx.errors import ConfigError, PlanError
 
 __all__ = [
@@ -179,7 +179,7 @@ def parse_budget(text: str) -> Budget | SameSize:
     Raises:
         ConfigError: Anything else, or a limit of 0.
     """
-    return SameSize() if text.strip().lower() == SAME_SIZE else Budget.parse(text)
+    return SameSize() if means_same_size(text) else Budget.parse(text)
 
 
 def scale_dtype_of(dtype: str) -> npt.DTypeLike:
