@@ -15,8 +15,8 @@ is searched; what a setting does not name is the default's.
 Prints, for each configuration and cell, the paired difference to AWQ (mean over windows +- its
 standard error), then the mean over cells +- its standard error, and the winner. Never evaluate on
 a test set: what is chosen here is evaluated elsewhere. Rows in --json are not measured again, so
-an interrupted search goes on. SmolLM2-135M: 1 minute a row (plain), 3 (gptq); 13 rows a cell;
-0.4 GB of statistics for each model, text and seed.
+an interrupted search goes on. SmolLM2-135M on one core: 1.2 minutes a row (plain), 2.7 (gptq);
+13 rows a cell; 0.4 GB of statistics for each model, text and seed.
 """
 
 from __future__ import annotations
