@@ -28,7 +28,12 @@ from faq_onnx.planning.candidates import Judge, run_anywhere
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.mixed import MixedPlanner, describe_trade_off
 from faq_onnx.planning.prediction import ReadTable
-from faq_onnx.planning.scales import GroupChoice, ScalePlanner, scaled_groups
+from faq_onnx.planning.scales import (
+    GroupChoice,
+    ScalePlanner,
+    scaled_groups,
+    settle_statistic,
+)
 from faq_onnx.progress import SILENT, Progress
 from faq_onnx.quant.site import looks_at_activations
 
@@ -149,6 +154,8 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
 ) -> PlannedModel:
     """Decide formats and channel scales.
 
+    The plan's `config` is the wish, with the statistic that the scales were chosen by.
+
     Args:
         census: Of the model.
         config: The wish.
@@ -164,6 +171,7 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
         PlanError: The wish cannot be planned, or statistics are missing.
     """
     trade_off = None
+    config = settle_statistic(config, stats, progress)
     if config.budget is None:
         sites = plan_sites(census, config)
         embeddings = plan_embeddings(census, config, sites)

@@ -39,7 +39,7 @@ from faq_onnx.quant.site import SiteMoments
 from faq_onnx.quant.threads import map_in_threads
 from faq_onnx.quant.uniform import fake_quantize, to_blocks
 
-__all__ = ["GroupChoice", "ScalePlanner", "scaled_groups"]
+__all__ = ["GroupChoice", "ScalePlanner", "scaled_groups", "settle_statistic"]
 
 Array = npt.NDArray[np.float32]
 Weights = Sequence[tuple[Array, SitePlan]]
@@ -47,6 +47,9 @@ Weights = Sequence[tuple[Array, SitePlan]]
 # Output channels that stand for a site while exponents are compared: candidates are judged on the
 # same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
 SEARCH_ROWS = 256
+# Fewest tokens for which scales look at later layers where GPTQ follows the low-bit path. With
+# 8,192 FAQ's statistic leaves a little more KL than AWQ's, with 24,576 not (docs/quality.md).
+LEAST_FUTURE_TOKENS = 12_288
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,35 @@ class GroupChoice:
 
     plan: GroupPlan
     scale: Array | None
+
+
+def settle_statistic(
+    config: QuantizeConfig, stats: CalibrationStats | None, progress: Progress
+) -> QuantizeConfig:
+    """The wish with AWQ's statistic for FAQ's, where the text is too short for a look ahead.
+
+    This was measured for GPTQ on the low-bit path, so it is done there alone, and not where a
+    statistic is asked for by its name.
+
+    Args:
+        config: The wish.
+        stats: What the scales are chosen on; None changes nothing.
+        progress: Told of the change.
+    """
+    axes = config.axes
+    follows = (axes.scales, axes.rounding, axes.path) == ("faq", "gptq", "low-bit")
+    if stats is None or not follows or config.scale.statistic != "method":
+        return config
+    tokens = stats.manifest.tokens
+    if tokens >= LEAST_FUTURE_TOKENS:
+        return config
+    progress.note(
+        f"channel scales from each layer's own activations (AWQ): {tokens:,} tokens are few for "
+        f"a look at later layers (FAQ), which wants {LEAST_FUTURE_TOKENS:,}; --scales faq looks "
+        "all the same"
+    )
+    own = config.scale.model_copy(update={"statistic": "awq"})
+    return config.model_copy(update={"scale": own})
 
 
 def scaled_groups(

@@ -35,7 +35,12 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
     totals: tuple[int, int],
     calibration_tokens: int,
 ) -> RunReport:
-    """Everything about one conversion; `totals` are the bytes of source and output."""
+    """Everything about one conversion; `totals` are the bytes of source and output.
+
+    The channel scales' settings are the plan's: which statistic, it may leave to the text.
+    """
+    if planned.plan.config is not None:
+        config = config.model_copy(update={"scale": planned.plan.config.scale})
     errors = {site.site: site for site in verification.sites}
     sites = site_rows(opened.census, planned.plan, errors)
     tables = embedding_rows(opened.census, planned.plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from faq_onnx.planning.planner import (
     make_plan,
     needs_statistics,
 )
+from faq_onnx.planning.scales import LEAST_FUTURE_TOKENS
+from faq_onnx.progress import Silent
 from faq_onnx.quant.channel_scale import awq_scale
 from faq_onnx.quant.formats import block_format
 from faq_onnx.quant.uniform import dequantize_weight, quantize_rtn
@@ -29,6 +32,17 @@ Make = Callable[..., Any]
 AWQ = QuantizeConfig(
     method=Method.AWQ, scale=ScaleConfig(grid_points=5, share_heads=True), lm_head="4"
 )
+
+
+class Notes(Silent):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep it."""
+        self.told.append(text)
 
 
 def _plan(inputs: Any, config: QuantizeConfig) -> PlannedModel:
@@ -205,6 +219,51 @@ def test_scales_can_be_chosen_apart_from_the_method(planned: Make) -> None:
     assert rtn.plan.groups == awq.plan.groups
     none = AWQ.model_copy(update={"scale": ScaleConfig(statistic="none")})
     assert not _plan(inputs, none).scales
+
+
+def _with_tokens(inputs: Any, tokens: int) -> Any:
+    manifest = inputs.stats.manifest.model_copy(update={"tokens": tokens})
+    stats = dataclasses.replace(inputs.stats, manifest=manifest)
+    return dataclasses.replace(inputs, stats=stats)
+
+
+@pytest.mark.parametrize("method", [Method.FAQ_GPTQ, Method.BEST])
+def test_a_short_text_does_not_look_ahead(planned: Make, method: Method) -> None:
+    """On the low-bit path; the plan says what was done, and the same scales are AWQ's."""
+    inputs = _with_tokens(planned(), LEAST_FUTURE_TOKENS - 1)
+    notes = Notes()
+    config = QuantizeConfig(method=method)
+    short = make_plan(inputs.census, config, inputs.stats, inputs.read, notes)
+    named = config.model_copy(update={"scale": ScaleConfig(statistic="awq")})
+    assert short.plan == _plan(inputs, named).plan
+    assert len(notes.told) == 1
+    assert re.search(r"\(AWQ\): 12,287 tokens .* wants 12,288; --scales faq", notes.told[0])
+
+    enough = _with_tokens(inputs, LEAST_FUTURE_TOKENS)
+    assert _plan(enough, config).plan.config == config
+    assert any(
+        not np.array_equal(scale, short.scales[group])
+        for group, scale in _plan(enough, config).scales.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantizeConfig(scale=ScaleConfig(statistic="faq")),
+        QuantizeConfig(rounding=RoundingConfig(path="float")),
+        QuantizeConfig(rounding=RoundingConfig(rounding="nearest")),
+        QuantizeConfig(method=Method.FAQ),
+        QuantizeConfig(method=Method.RTN),
+    ],
+    ids=["named", "float path", "nearest", "faq", "rtn"],
+)
+def test_other_wishes_are_kept_on_a_short_text(planned: Make, config: QuantizeConfig) -> None:
+    inputs = planned()
+    notes = Notes()
+    made = make_plan(inputs.census, config, inputs.stats, inputs.read, notes)
+    assert made.plan.config == config
+    assert notes.told == []
 
 
 def test_scales_are_judged_by_the_rounding_that_follows(planned: Make) -> None:
