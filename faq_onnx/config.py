@@ -23,6 +23,7 @@ __all__ = [
     "Rounding",
     "RoundingConfig",
     "ScaleConfig",
+    "Scales",
     "VerifyConfig",
 ]
 

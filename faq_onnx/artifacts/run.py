@@ -5,7 +5,7 @@ from __future__ import annotations
 from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.trade_off import TradeOff
 from faq_onnx.artifacts.verification import VerificationReport
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import QuantizeConfig, Scales
 
 __all__ = ["EmbeddingRow", "RunReport", "SiteRow", "StageTime", "Totals"]
 
@@ -66,6 +66,8 @@ class RunReport(Record):
         versions: By package name.
         calibration_tokens: Tokens that statistics and rounding looked at; 0 for methods that look
             at weights only.
+        channel_scales: Statistic that they were chosen by: on a short text not the one that
+            `config` asks for. None in reports of earlier builds.
         peak_rss_bytes: None where the system does not tell, which is Windows.
     """
 
@@ -86,3 +88,4 @@ class RunReport(Record):
     verification: VerificationReport | None
     trade_off: TradeOff | None = None
     calibration_tokens: int = 0
+    channel_scales: Scales | None = None

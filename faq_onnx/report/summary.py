@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from faq_onnx.artifacts.run import RunReport, SiteRow
 from faq_onnx.artifacts.verification import VerificationReport
-from faq_onnx.config import Axes, QuantizeConfig
+from faq_onnx.config import Axes, QuantizeConfig, Scales
 from faq_onnx.report.rows import count_formats, curve_rows
 from faq_onnx.report.tables import (
     format_bits,
@@ -104,7 +104,7 @@ def _done(report: RunReport) -> str:
             f"Calibrated on `{data.source}`: {report.calibration_tokens:,} tokens in windows of "
             f"up to {data.sequence_length}, seed {data.seed}"
         )
-    lines += [*_choices(config), *_shrinkage(report.sites)]
+    lines += [*_choices(config, report.channel_scales), *_shrinkage(report.sites)]
     lines += [
         f"Embedding `{row.embedding}`: {format_bits(row.storage_bits, row.storage_bits)}"
         + (f", one buffer with `{row.shared_with}`" if row.shared_with else "")
@@ -127,11 +127,14 @@ def _head_format(config: QuantizeConfig) -> str:
     return config.lm_head if config.budget is None or config.lm_head == "keep" else "mixed in"
 
 
-def _choices(config: QuantizeConfig) -> list[str]:
-    """What each axis of the method means, in words."""
+def _choices(config: QuantizeConfig, scales: Scales | None) -> list[str]:
+    """What each axis of the method means, in words; `scales` where the text chose them."""
     axes = config.axes
-    lines = [f"Channel scales: {_SCALES[axes.scales]}"]
-    if axes.scales == "faq":
+    taken = scales or axes.scales
+    lines = [f"Channel scales: {_SCALES[taken]}"]
+    if taken != axes.scales:
+        lines[0] += f"; the text is short for `--scales {axes.scales}`"
+    if taken == "faq":
         faq = config.faq
         lines.append(
             f"FAQ: {faq.preview} preview over {faq.window} layers, fusion {faq.fusion:g}, "

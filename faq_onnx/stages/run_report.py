@@ -35,12 +35,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
     totals: tuple[int, int],
     calibration_tokens: int,
 ) -> RunReport:
-    """Everything about one conversion; `totals` are the bytes of source and output.
-
-    The channel scales' settings are the plan's: which statistic, it may leave to the text.
-    """
-    if planned.plan.config is not None:
-        config = config.model_copy(update={"scale": planned.plan.config.scale})
+    """Everything about one conversion; `totals` are the bytes of source and output."""
     errors = {site.site: site for site in verification.sites}
     sites = site_rows(opened.census, planned.plan, errors)
     tables = embedding_rows(opened.census, planned.plan)
@@ -65,6 +60,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         verification=verification,
         trade_off=planned.plan.trade_off,
         calibration_tokens=calibration_tokens,
+        channel_scales=(planned.plan.config or config).axes.scales,
     )
 
 

@@ -533,6 +533,23 @@ def test_fusion_1_is_awq_bit_for_bit(
     assert _model(tmp_path / "awq") != _model(tmp_path / "faq")
 
 
+def test_a_short_text_does_not_look_ahead_unless_told(
+    cli: Any, source: Path, tmp_path: Path
+) -> None:
+    """The default takes AWQ's statistic there, and its report says so."""
+    runs = {"default": (), "awq": ("--scales", "awq"), "faq": ("--scales", "faq")}
+    reports = {}
+    for name, words in runs.items():
+        done = cli.quick("convert", source, "-o", tmp_path / name, *words)
+        assert done.code == 0, done.err
+        reports[name] = RunReport.load(tmp_path / name / "report.json")
+    assert reports["default"].channel_scales == reports["awq"].channel_scales == "awq"
+    assert reports["faq"].channel_scales == "faq"
+    assert reports["default"].config.scale.statistic == "method"
+    assert _model(tmp_path / "default") == _model(tmp_path / "awq") != _model(tmp_path / "faq")
+    assert "the text is short for `--scales faq`" in (tmp_path / "default/summary.md").read_text()
+
+
 def test_awq_is_nearer_to_the_source_than_rtn(cli: Any, source: Path, tmp_path: Path) -> None:
     """The tiny model has outlier channels 12 times the others: scales must pay off.
 

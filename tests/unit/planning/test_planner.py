@@ -251,12 +251,13 @@ def test_a_short_text_does_not_look_ahead(planned: Make, method: Method) -> None
     "config",
     [
         QuantizeConfig(scale=ScaleConfig(statistic="faq")),
+        QuantizeConfig(faq=FaqConfig(window=2)),
         QuantizeConfig(rounding=RoundingConfig(path="float")),
         QuantizeConfig(rounding=RoundingConfig(rounding="nearest")),
         QuantizeConfig(method=Method.FAQ),
         QuantizeConfig(method=Method.RTN),
     ],
-    ids=["named", "float path", "nearest", "faq", "rtn"],
+    ids=["named", "set", "float path", "nearest", "faq", "rtn"],
 )
 def test_other_wishes_are_kept_on_a_short_text(planned: Make, config: QuantizeConfig) -> None:
     inputs = planned()

@@ -291,6 +291,14 @@ def test_summary_says_what_was_done_how_good_and_how_to_run() -> None:
         assert words in text
 
 
+def test_summary_says_which_statistic_a_short_text_left() -> None:
+    text = summary_markdown(_report(channel_scales="awq"), USAGE)
+    words = "each layer reads (AWQ); the text is short for `--scales faq`"
+    assert f"- Channel scales: from the activations that {words}" in text
+    assert "FAQ: window" not in text
+    assert "short" not in summary_markdown(_report(channel_scales="faq"), USAGE)
+
+
 def test_summary_says_how_far_correlations_were_believed() -> None:
     rows = (_row("a", shrinkage=0.15), _row("b", shrinkage=0.325), FLOAT_ROW)
     assert "shrunk by 0.15 to 0.33 (" in summary_markdown(_report(sites=rows), USAGE)
