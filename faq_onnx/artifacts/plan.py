@@ -6,7 +6,14 @@ from enum import StrEnum
 
 from faq_onnx.artifacts.record import Record
 from faq_onnx.artifacts.trade_off import TradeOff
-from faq_onnx.config import BlockScales, Grid, QuantizeConfig, Rounding, RoundingConfig
+from faq_onnx.config import (
+    BlockScales,
+    Grid,
+    QuantizeConfig,
+    Rounding,
+    RoundingConfig,
+    Scales,
+)
 
 __all__ = [
     "BlockFormat",
@@ -113,7 +120,8 @@ class QuantPlan(Record):
     """The whole decision; channel scales are float32 [K] arrays kept beside it by group name.
 
     `config` is the wish that it came from; None where somebody made the plan by hand. `trade_off`
-    is what a budget bought.
+    is what a budget bought. `channel_scales` is the statistic that they were chosen by: on a short
+    text not the one that `config` asks for; None where nobody said.
     """
 
     schema_version: int = 1
@@ -124,6 +132,7 @@ class QuantPlan(Record):
     embeddings: tuple[EmbeddingPlan, ...]
     config: QuantizeConfig | None = None
     trade_off: TradeOff | None = None
+    channel_scales: Scales | None = None
 
     @property
     def rounding(self) -> RoundingConfig:

@@ -154,8 +154,6 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
 ) -> PlannedModel:
     """Decide formats and channel scales.
 
-    The plan's `config` is the wish, with the statistic that the scales were chosen by.
-
     Args:
         census: Of the model.
         config: The wish.
@@ -171,7 +169,7 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
         PlanError: The wish cannot be planned, or statistics are missing.
     """
     trade_off = None
-    config = settle_statistic(config, stats, progress)
+    wish, config = config, settle_statistic(config, stats, progress)
     if config.budget is None:
         sites = plan_sites(census, config)
         embeddings = plan_embeddings(census, config, sites)
@@ -194,8 +192,9 @@ def make_plan(  # noqa: PLR0913 - one argument per input of the stage
         sites=sites,
         groups=tuple(choice.plan for choice in choices),
         embeddings=embeddings,
-        config=config,
+        config=wish,
         trade_off=trade_off,
+        channel_scales=config.axes.scales,
     )
     return PlannedModel(plan, {c.plan.group: c.scale for c in choices if c.scale is not None})
 

@@ -60,7 +60,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         verification=verification,
         trade_off=planned.plan.trade_off,
         calibration_tokens=calibration_tokens,
-        channel_scales=(planned.plan.config or config).axes.scales,
+        channel_scales=planned.plan.channel_scales or config.axes.scales,
     )
 
 

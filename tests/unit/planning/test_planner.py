@@ -229,18 +229,20 @@ def _with_tokens(inputs: Any, tokens: int) -> Any:
 
 @pytest.mark.parametrize("method", [Method.FAQ_GPTQ, Method.BEST])
 def test_a_short_text_does_not_look_ahead(planned: Make, method: Method) -> None:
-    """On the low-bit path; the plan says what was done, and the same scales are AWQ's."""
+    """On the low-bit path; the plan keeps the wish and says what was done: scales are AWQ's."""
     inputs = _with_tokens(planned(), LEAST_FUTURE_TOKENS - 1)
     notes = Notes()
     config = QuantizeConfig(method=method)
     short = make_plan(inputs.census, config, inputs.stats, inputs.read, notes)
     named = config.model_copy(update={"scale": ScaleConfig(statistic="awq")})
-    assert short.plan == _plan(inputs, named).plan
+    awq = _plan(inputs, named).plan
+    assert short.plan == awq.model_copy(update={"config": config})
+    assert short.plan.channel_scales == "awq"
     assert len(notes.told) == 1
     assert re.search(r"\(AWQ\): 12,287 tokens .* wants 12,288; --scales faq", notes.told[0])
 
     enough = _with_tokens(inputs, LEAST_FUTURE_TOKENS)
-    assert _plan(enough, config).plan.config == config
+    assert _plan(enough, config).plan.channel_scales == "faq"
     assert any(
         not np.array_equal(scale, short.scales[group])
         for group, scale in _plan(enough, config).scales.items()
@@ -264,6 +266,7 @@ def test_other_wishes_are_kept_on_a_short_text(planned: Make, config: QuantizeCo
     notes = Notes()
     made = make_plan(inputs.census, config, inputs.stats, inputs.read, notes)
     assert made.plan.config == config
+    assert made.plan.channel_scales == config.axes.scales
     assert notes.told == []
 
 
