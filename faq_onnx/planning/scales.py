@@ -22,7 +22,7 @@ from faq_onnx.artifacts.sites import (
     ScaleGroup,
 )
 from faq_onnx.artifacts.stats import CalibrationStats
-from faq_onnx.config import FaqConfig, QuantizeConfig
+from faq_onnx.config import FaqConfig, Method, QuantizeConfig
 from faq_onnx.progress import Progress
 from faq_onnx.quant.channel_scale import (
     awq_scale,
@@ -65,8 +65,8 @@ def settle_statistic(
 ) -> QuantizeConfig:
     """The wish with AWQ's statistic for FAQ's, where the text is too short for a look ahead.
 
-    This was measured for GPTQ on the low-bit path, so it is done there alone, and not where a
-    statistic is asked for by its name, or a setting of FAQ is another than the default.
+    This was measured for GPTQ on the low-bit path, so it is done there alone, and not where FAQ
+    is asked for by its name, or one of its settings is another than the default.
 
     Args:
         config: The wish.
@@ -75,8 +75,8 @@ def settle_statistic(
     """
     axes = config.axes
     follows = (axes.scales, axes.rounding, axes.path) == ("faq", "gptq", "low-bit")
-    asked = config.scale.statistic != "method" or config.faq != FaqConfig()
-    if stats is None or asked or not follows:
+    named = config.scale.statistic != "method" or config.method is Method.FAQ
+    if stats is None or named or config.faq != FaqConfig() or not follows:
         return config
     tokens = stats.manifest.tokens
     if tokens >= LEAST_FUTURE_TOKENS:

@@ -257,9 +257,12 @@ def test_a_short_text_does_not_look_ahead(planned: Make, method: Method) -> None
         QuantizeConfig(rounding=RoundingConfig(path="float")),
         QuantizeConfig(rounding=RoundingConfig(rounding="nearest")),
         QuantizeConfig(method=Method.FAQ),
+        QuantizeConfig(
+            method=Method.FAQ, rounding=RoundingConfig(rounding="gptq", path="low-bit")
+        ),
         QuantizeConfig(method=Method.RTN),
     ],
-    ids=["named", "set", "float path", "nearest", "faq", "rtn"],
+    ids=["named", "set", "float path", "nearest", "faq", "faq, walking", "rtn"],
 )
 def test_other_wishes_are_kept_on_a_short_text(planned: Make, config: QuantizeConfig) -> None:
     inputs = planned()
