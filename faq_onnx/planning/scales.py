@@ -48,7 +48,7 @@ Weights = Sequence[tuple[Array, SitePlan]]
 # same rows, so a quarter of them ranks as all do. The winner is confirmed on every row.
 SEARCH_ROWS = 256
 # Fewest tokens for which scales look at later layers where GPTQ follows the low-bit path. With
-# 8,192 FAQ's statistic leaves a little more KL than AWQ's, with 24,576 not (docs/quality.md).
+# 8,192 FAQ's statistic leaves a little more KL than AWQ's, with 24,576 not (docs/faq.md).
 LEAST_FUTURE_TOKENS = 12_288
 
 
