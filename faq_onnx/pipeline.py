@@ -141,10 +141,13 @@ def preview(
         # a wrong wish is told here as in `convert`
         opened = Run(work, progress, config, chosen).open(source)
         planned = make_plan(opened.census, _plain(config), None, opened.read)
-        sites = site_rows(opened.census, planned.plan, {})
-        tables = embedding_rows(opened.census, planned.plan)
-        size = opening.source_bytes(opened.source, opened.given.model)
-        return sites, tables, make_totals(sites, tables, source_bytes=size, output_bytes=0)
+        formats = planned.plan
+        sites = site_rows(opened.census, formats, {})
+        tables = embedding_rows(opened.census, formats)
+        fuse = config.fuse_attention
+        outline = outline_of_plan(opened, formats.sites, formats.embeddings, fuse_attention=fuse)
+        size = opening.source_bytes(opened.source, opened.given.model), outline.model_bytes
+        return sites, tables, make_totals(sites, tables, *size)
 
 
 def export(source: str, output: Path, *, progress: Progress = SILENT, force: bool = False) -> Path:

@@ -52,18 +52,17 @@ def embedding_rows(census: ModelCensus, plan: QuantPlan) -> tuple[EmbeddingRow, 
 def make_totals(
     sites: tuple[SiteRow, ...],
     embeddings: tuple[EmbeddingRow, ...],
-    *,
     source_bytes: int,
     output_bytes: int,
 ) -> Totals:
-    """Sums over the tables."""
+    """Sums over the tables, and the sizes of both files."""
     weights = sum(row.in_features * row.out_features for row in sites)
     weights += sum(row.rows * row.width for row in embeddings if row.shared_with is None)
     size = sum(row.size_bytes for row in sites) + sum(row.size_bytes for row in embeddings)
     low_bit = sum(row.storage_bits is not None for row in sites)
     return Totals(
         source_bytes=source_bytes,
-        output_bytes=output_bytes or size,
+        output_bytes=output_bytes,
         quantized_sites=low_bit,
         float_sites=len(sites) - low_bit,
         bits_per_weight=round(8 * size / weights, 4) if weights else 0.0,

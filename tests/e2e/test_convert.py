@@ -488,6 +488,8 @@ def test_dry_run_writes_nothing(cli: Any, source: Path, scratch: Path) -> None:
     report, _ = check_package(scratch / "out")
     sizes = {row["site"]: row["size_bytes"] for row in done.json["sites"]}
     assert sizes == {row.site: row.size_bytes for row in report.sites}
+    foretold, written = done.json["totals"]["output_bytes"], report.totals.output_bytes
+    assert written <= foretold < 1.2 * written  # tables of rotation and the graph count, too
 
 
 # --- methods and determinism ---------------------------------------------------------------
