@@ -146,8 +146,9 @@ def preview(
         tables = embedding_rows(opened.census, formats)
         fuse = config.fuse_attention
         outline = outline_of_plan(opened, formats.sites, formats.embeddings, fuse_attention=fuse)
-        size = opening.source_bytes(opened.source, opened.given.model), outline.model_bytes
-        return sites, tables, make_totals(sites, tables, *size)
+        size = opening.source_bytes(opened.source, opened.given.model)
+        found = make_totals(sites, tables, source_bytes=size, output_bytes=outline.model_bytes)
+        return sites, tables, found
 
 
 def export(source: str, output: Path, *, progress: Progress = SILENT, force: bool = False) -> Path:

@@ -52,6 +52,7 @@ def embedding_rows(census: ModelCensus, plan: QuantPlan) -> tuple[EmbeddingRow, 
 def make_totals(
     sites: tuple[SiteRow, ...],
     embeddings: tuple[EmbeddingRow, ...],
+    *,
     source_bytes: int,
     output_bytes: int,
 ) -> Totals:

@@ -54,7 +54,7 @@ def make_report(  # noqa: PLR0913 - one argument per source of a field
         embeddings=tables,
         skipped=tuple((weight.node, weight.reason) for weight in opened.census.skipped),
         warnings=opened.census.warnings,
-        totals=make_totals(sites, tables, *totals),
+        totals=make_totals(sites, tables, source_bytes=totals[0], output_bytes=totals[1]),
         stages=tuple(times),
         peak_rss_bytes=_peak_rss_bytes(),
         verification=verification,
