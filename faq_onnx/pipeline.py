@@ -12,8 +12,13 @@ from faq_onnx.artifacts.run import EmbeddingRow, RunReport, SiteRow, Totals
 from faq_onnx.artifacts.sites import ModelCensus
 from faq_onnx.artifacts.target import Refusal
 from faq_onnx.artifacts.verification import LogitMetrics, VerificationReport
-from faq_onnx.config import Method, QuantizeConfig
-from faq_onnx.errors import PackageError, UnsupportedFormatError, UnsupportedModelError
+from faq_onnx.config import Method, QuantizeConfig, VerifyConfig
+from faq_onnx.errors import (
+    ConfigError,
+    PackageError,
+    UnsupportedFormatError,
+    UnsupportedModelError,
+)
 from faq_onnx.export import resolve_source
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, check_statistics, make_plan
@@ -279,11 +284,26 @@ def package(  # noqa: PLR0913 - one argument per option of the command
 
 
 def verify(
-    output: Path, source: str | None = None, *, progress: Progress = SILENT
+    output: Path,
+    source: str | None = None,
+    *,
+    text: str | None = None,
+    samples: int | None = None,
+    progress: Progress = SILENT,
 ) -> VerificationReport:
     """Check a written package again; against the float model too when its source is given.
 
+    Args:
+        output: The package, or an .onnx file.
+        source: The float model.
+        text: What both read, from its beginning; by default the windows that `convert` held out.
+        samples: How many windows of it; by default as many as `convert` held out.
+        progress: Receives stages and notes.
+
     Raises:
+        PackageError: Nothing there, or a text and no source to compare on it.
+        ConfigError: Fewer than one window.
+        CorpusError: A text that cannot be read, or not with the source's tokenizer.
         VerificationError: The file is wrong, or its target's runtime no longer runs it as it did.
     """
     path = output / MODEL_NAME if output.is_dir() else output
@@ -294,9 +314,17 @@ def verify(
     if not path.is_file() and source is not None:
         msg = f"--source {source}: {output} holds no {MODEL_NAME} to compare; leave --source out"
         raise PackageError(msg)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--verify-samples: found {samples}; allowed 1 or more")
+    if source is None and (text is not None or samples is not None):
+        named = f"--verify-samples {samples}" if text is None else f"--text {text}"
+        msg = f"{named}: nothing to compare {output} with; name the float model with --source"
+        raise PackageError(msg)
     report = VerificationReport(structure=None, kernels=None, logits=None, sites=())
     if path.is_file():
-        logits = None if source is None else _compare(path, source, progress)
+        logits = None
+        if source is not None:
+            logits = _compare(path, source, text, samples, progress)
         report = checks.verify_file(path, logits, (), None, progress)
         if manifest is None and report.kernels is not None and not report.kernels.nodes:
             progress.note(
@@ -308,20 +336,36 @@ def verify(
     return report.model_copy(update={"proof": proof, "changes": changes})
 
 
-def _compare(path: Path, source: str, progress: Progress) -> LogitMetrics:
-    """Logits of a written model against those of its source, on held-out text."""
+def _compare(
+    path: Path, source: str, text: str | None, samples: int | None, progress: Progress
+) -> LogitMetrics:
+    """Logits of a written model against those of its source, on held-out text or on another."""
     report = path.parent / run_report.REPORT_NAME
     config = RunReport.load(report).config if report.is_file() else QuantizeConfig()
+    if samples is not None:
+        config = config.model_copy(update={"verify": VerifyConfig(samples=samples)})
     with work_folder(None) as work:
         run = Run(work, progress, config)
         opened = opening.open_model(source, work, progress)
-        windows = run.tokens(opened, calibrate=False)
+        if text is None:
+            windows = run.tokens(opened, calibrate=False)
+        else:
+            if report.is_file() and _same_file(text, config.calibration.source):
+                progress.note(
+                    f"{text}: the text that {path.parent} was calibrated on, which flatters it; "
+                    "without --text, windows of it are taken that were held out"
+                )
+            windows = run.windows_of(text, opened)
         return checks.compare_to_reference(path, run.reference(opened, windows), progress)
 
 
 def _manifest(folder: Path) -> PackageManifest | None:
     path = folder / MANIFEST_NAME
     return PackageManifest.load(path) if path.is_file() else None
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
 
 
 def _origin(source: str) -> Path | None:

@@ -124,7 +124,7 @@ def _check_vocabulary(windows: _Tokens, vocabulary: int, path: Path) -> None:
 
 def _token_pieces(path: Path, source: SourceModel) -> Iterator[_Tokens]:
     if not path.exists():
-        raise CorpusError(f"calibration {str(path)!r}: no such file; it is {_ACCEPTED}")
+        raise CorpusError(f"text {str(path)!r}: no such file; it is {_ACCEPTED}")
     suffix = path.suffix.lower()
     if path.is_dir() or suffix in {".npy", ".npz"}:
         return read_token_arrays(path)
@@ -133,7 +133,7 @@ def _token_pieces(path: Path, source: SourceModel) -> Iterator[_Tokens]:
     if suffix == ".jsonl":
         return _read_jsonl(path, source)
     kind = f"a {suffix!r} file" if suffix else "a file without a suffix"
-    raise CorpusError(f"calibration {str(path)!r}: cannot read {kind}; it is {_ACCEPTED}")
+    raise CorpusError(f"text {str(path)!r}: cannot read {kind}; it is {_ACCEPTED}")
 
 
 def _load_tokenizer(source: SourceModel) -> Tokenizer:
@@ -141,8 +141,8 @@ def _load_tokenizer(source: SourceModel) -> Tokenizer:
     if path is None:
         place = source.folder if source.folder is not None else source.onnx_path.parent
         raise CorpusError(
-            f"{place}: calibration text needs the model's tokenizer.json there; put it beside "
-            f"the model, or calibrate on token arrays (.npy) or `self`"
+            f"{place}: a text needs the model's tokenizer.json there; put it beside the model, "
+            f"or give token arrays (.npy) or `self`"
         )
     try:
         return Tokenizer.from_file(str(path))

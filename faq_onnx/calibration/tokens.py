@@ -39,7 +39,7 @@ def cut_windows(
     windows = min(count, total // sequence_length)
     if windows == 0:
         raise CorpusError(
-            f"{place}: {total} calibration tokens, fewer than one window of {sequence_length}; "
+            f"{place}: {total} tokens, fewer than one window of {sequence_length}; "
             f"give more text or a smaller sequence length"
         )
     return np.concatenate(taken)[: windows * sequence_length].reshape(windows, sequence_length)

@@ -26,7 +26,7 @@ from faq_onnx.calibration.corpus import TokenWindows, load_corpus
 from faq_onnx.calibration.space import disk_space
 from faq_onnx.calibration.walk import ReferenceLogits
 from faq_onnx.calibration.windows import path_windows, scale_windows
-from faq_onnx.config import QuantizeConfig
+from faq_onnx.config import CalibrationConfig, QuantizeConfig
 from faq_onnx.errors import PackageError
 from faq_onnx.planning.formats import plan_embeddings, plan_sites
 from faq_onnx.planning.planner import PlannedModel, make_plan, needs_statistics
@@ -142,14 +142,7 @@ class Run:
 
         No window is longer than the model's context.
         """
-        settings = self.config.calibration
-        context = stated_context(opening.read_config(opened.source))
-        if context is not None and context < settings.sequence_length:
-            self.progress.note(
-                f"windows of {context} tokens, which is all that the model's config.json allows; "
-                f"{settings.sequence_length} were asked for"
-            )
-            settings = settings.model_copy(update={"sequence_length": context})
+        settings = self._text_settings(opened)
         written = settings.source == "self"
         needed = calibrate and (self.config.axes.calibrates or self.config.budget is not None)
         with self.timed("tokens"):
@@ -170,6 +163,30 @@ class Run:
             if written:
                 windows.save(kept)
             return windows
+
+    def windows_of(self, text: str, opened: opening.OpenedModel) -> TokenWindows:
+        """The first windows of a text, all held out, as many as `verify.samples` says."""
+        settings = self._text_settings(opened).model_copy(update={"source": text})
+        return load_corpus(
+            settings,
+            source=opened.source,
+            vocabulary=opened.vocabulary,
+            count=0,
+            holdout=self.config.verify.samples,
+            progress=self.progress,
+        )
+
+    def _text_settings(self, opened: opening.OpenedModel) -> CalibrationConfig:
+        """Those of the configuration, with windows that the model's context holds."""
+        settings = self.config.calibration
+        context = stated_context(opening.read_config(opened.source))
+        if context is None or context >= settings.sequence_length:
+            return settings
+        self.progress.note(
+            f"windows of {context} tokens, which is all that the model's config.json allows; "
+            f"{settings.sequence_length} were asked for"
+        )
+        return settings.model_copy(update={"sequence_length": context})
 
     def reference(self, opened: opening.OpenedModel, windows: TokenWindows) -> ReferenceLogits:
         """Logits of the float model, as it came, on the held-out windows."""

@@ -218,6 +218,51 @@ def test_verify_finds_what_convert_found(cli: Any, whole: Path, source: Path) ->
     assert cli.run("verify", whole, "-q").code == 0
 
 
+def test_verify_on_another_text(
+    cli: Any, whole: Path, source: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    """The first windows of it, all of them, and no note where the text is a new one."""
+    held_out = cli.run("verify", whole, "--source", source, "--json", "-q").json["logits"]
+    other = tmp_path / "mine.txt"
+    other.write_text("".join(reversed(calibration_text.read_text("utf-8").splitlines(True))))
+    done = cli.run("verify", whole, "--source", source, "--text", other, "--verify-samples", 3)
+    assert "3 windows" in done.err
+    assert "flatters" not in done.err
+    told = ("verify", whole, "--source", source, "--text", other, "--json", "-q")
+    found = cli.run(*told, "--verify-samples", 3).json["logits"]
+    assert found["tokens"] == 3 * 32
+    assert found["kl_nats"] != held_out["kl_nats"]
+    assert cli.run(*told).json["logits"]["tokens"] == held_out["tokens"]  # as convert's
+    more = cli.run("verify", whole, "--source", source, "--verify-samples", 3, "--json", "-q")
+    assert more.json["logits"]["tokens"] == 3 * 32
+
+
+def test_verify_on_the_calibration_text_says_that_it_flatters(
+    cli: Any, whole: Path, source: Path, calibration_text: Path
+) -> None:
+    done = cli.run("verify", whole, "--source", source, "--text", calibration_text)
+    assert done.code == 0
+    assert "which flatters it" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--text", "absent.txt"), (8, "name the float model with --source")),
+        (("--verify-samples", 2), (8, "name the float model with --source")),
+        (("--source", "{source}", "--text", "absent.txt"), (4, "text 'absent.txt': no such file")),
+        (("--source", "{source}", "--verify-samples", 0), (2, "found 0; allowed 1 or more")),
+    ],
+)
+def test_verify_refuses_a_text_that_it_cannot_use(
+    cli: Any, whole: Path, source: Path, options: tuple[object, ...], expected: tuple[int, str]
+) -> None:
+    code, message = expected
+    done = cli.run("verify", whole, "-q", *(str(text).format(source=source) for text in options))
+    assert done.code == code
+    assert message in done.err
+
+
 def test_verify_sees_that_weights_have_changed(
     cli: Any, whole: Path, source: Path, tmp_path: Path
 ) -> None:
