@@ -162,7 +162,9 @@ def _complaints(report: VerificationReport, config: QuantizeConfig) -> Iterable[
 
 
 def _finer_formats(config: QuantizeConfig) -> str:
-    return "more --bits, a smaller --block-size" if config.budget is None else "a larger --budget"
+    if config.budget is not None:
+        return "a larger --budget"
+    return "more --bits, a smaller --block-size, --budget same (other bits in the same bytes)"
 
 
 def _better_method(config: QuantizeConfig) -> str:

@@ -82,6 +82,7 @@ def test_too_much_kl_names_the_worst_sites_and_the_way_out() -> None:
     assert "Worst sites: site0 (10.0 dB), site1 (11.0 dB)" in str(e.value)
     assert "site5" not in str(e.value)
     assert "--force" in str(e.value)
+    assert "--budget same" in str(e.value)
     (note,) = judge(report, CONFIG, force=True)
     assert "0.510 nats/token" in note
 
@@ -125,7 +126,7 @@ def test_equal_to_rtn_is_a_complaint_where_codes_should_move(
         (Method.RTN, "--method faq-gptq, or"),
         (Method.FAQ, "--method faq-gptq, or"),
         (Method.FAQ_GPTQ, "--method best, or"),
-        (Method.BEST, "--block-size, or"),
+        (Method.BEST, r"the same bytes\), or"),
     ],
 )
 def test_too_much_kl_advises_a_better_method(method: Method, advice: str) -> None:
